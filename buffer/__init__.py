@@ -1,0 +1,51 @@
+"""A write-behind buffer for chat conversations: acked from Redis Streams, flushed into Postgres, never lost."""
+
+from __future__ import annotations
+
+from buffer.app import Buffer, Conversation
+from buffer.errors import (
+    BufferError,
+    Conflict,
+    EmbeddedError,
+    InvalidRequest,
+    NotFound,
+    OutcomeUnknown,
+    Overloaded,
+    PostgresUnavailable,
+    PreconditionFailed,
+    RedisUnavailable,
+    SchemaMismatch,
+    SettingsError,
+    TooLarge,
+    Unavailable,
+)
+from buffer.model.types import Context, Item, Page, Receipt, Summary
+from buffer.settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Buffer",
+    "BufferError",
+    "Conflict",
+    "Context",
+    "Conversation",
+    "EmbeddedError",
+    "InvalidRequest",
+    "Item",
+    "NotFound",
+    "OutcomeUnknown",
+    "Overloaded",
+    "Page",
+    "PostgresUnavailable",
+    "PreconditionFailed",
+    "Receipt",
+    "RedisUnavailable",
+    "SchemaMismatch",
+    "Settings",
+    "SettingsError",
+    "Summary",
+    "TooLarge",
+    "Unavailable",
+    "__version__",
+]

@@ -1,0 +1,159 @@
+"""`Buffer`: one process's way into the service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from buffer.app.conversation import Conversation
+from buffer.app.runtime import Runtime, migrate_database
+from buffer.errors import BufferError
+from buffer.model.ids import check_id, make_conversation_id
+from buffer.settings import Settings
+
+Opener = Callable[[], AbstractAsyncContextManager[Runtime]]
+
+
+class Buffer:
+    """Appends to and reads from conversations. Made by `connect` or `embedded`, used with ``async with``.
+
+    It may be entered in one task and left in another, as fixtures and lifespans do: a task of its own
+    holds everything that must be opened and closed in the same place.
+    """
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._runtime: Runtime | None = None
+        self._holder: asyncio.Task[None] | None = None
+        self._close = asyncio.Event()
+
+    @classmethod
+    def connect(
+        cls,
+        settings: Settings | None = None,
+        *,
+        redis: str | None = None,
+        postgres: str | None = None,
+        flusher: bool = False,
+    ) -> Self:
+        """A buffer over running servers; ``redis`` and ``postgres`` are URLs that win over the settings.
+
+        With ``flusher`` this process also flushes.
+        """
+        settings = settings or Settings.load()
+        urls = {"redis_url": redis, "postgres_url": postgres}
+        settings = settings.model_copy(update={name: url for name, url in urls.items() if url is not None})
+        return cls(lambda: Runtime.open(settings, flusher=flusher))
+
+    @classmethod
+    def embedded(
+        cls,
+        data_dir: Path | str | None = None,
+        *,
+        settings: Settings | None = None,
+        redis_from_path: bool = False,
+        flusher: bool = True,
+    ) -> Self:
+        """A buffer with real Redis and Postgres servers of its own, started here, with a flusher.
+
+        ``data_dir`` keeps the data; without it everything is temporary. ``redis_from_path`` takes
+        ``redis-server`` or ``valkey-server`` from PATH. Needs the extra ``embedded``.
+        """
+
+        @asynccontextmanager
+        async def opener() -> AsyncIterator[Runtime]:
+            # Imported late: most processes run against servers that are there already.
+            from buffer.embedded import EmbeddedServers, find_redis_binary  # noqa: PLC0415
+
+            binary = find_redis_binary(prefer_path=True) if redis_from_path else None
+            directory = Path(data_dir) if data_dir is not None else None
+            async with EmbeddedServers.start(directory, redis_binary=binary) as servers:
+                urls = {"redis_url": servers.redis.url, "postgres_url": servers.postgres.url}
+                ours = (settings or Settings.load()).model_copy(update=urls)
+                await migrate_database(ours)
+                async with Runtime.open(ours, flusher=flusher) as runtime:
+                    yield runtime
+
+        return cls(opener)
+
+    async def __aenter__(self) -> Self:
+        ready: asyncio.Future[Runtime] = asyncio.get_running_loop().create_future()
+        self._close.clear()
+        self._holder = asyncio.create_task(self._hold(ready), name="buffer")
+        try:
+            self._runtime = await asyncio.shield(ready)
+        except asyncio.CancelledError:
+            self._close.set()
+            self._holder.cancel()
+            await asyncio.gather(self._holder, return_exceptions=True)
+            raise
+        return self
+
+    async def _hold(self, ready: asyncio.Future[Runtime]) -> None:
+        try:
+            async with self._opener() as runtime:
+                if not ready.done():
+                    ready.set_result(runtime)
+                await self._close.wait()
+        except BaseException as error:
+            error = _only(error)
+            if ready.done():
+                raise error from None
+            ready.set_exception(error)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runtime = None
+        self._close.set()
+        if self._holder is not None:
+            await self._holder
+
+    @property
+    def runtime(self) -> Runtime:
+        """The parts underneath; for this package's own commands and tests."""
+        if self._runtime is None:
+            raise BufferError("this Buffer is not open; use `async with`")
+        return self._runtime
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self.runtime.settings
+
+    def conversation(
+        self, conversation: str | None = None, *, tenant: str = "default", user: str | None = None
+    ) -> Conversation:
+        """A conversation of the tenant; None makes a new id. Nothing is sent or stored by this.
+
+        Raises:
+            InvalidRequest: an id breaks the rules of ids.
+        """
+        return Conversation(
+            self.runtime,
+            check_id(tenant, "tenant"),
+            make_conversation_id() if conversation is None else check_id(conversation, "conversation"),
+            user if user is None else check_id(user, "user"),
+        )
+
+    async def flush(self) -> None:
+        """Return once everything that was acked before is in Postgres."""
+        runtime = self.runtime
+        every = range(runtime.settings.shards)
+        backlogs = await runtime.shards.peek(list(every))
+        waits: list[Any] = []
+        for shard, backlog in enumerate(backlogs):
+            if backlog.epoch is not None and backlog.turns:
+                waits.append(runtime.marks.wait_entries(shard, backlog.epoch, backlog.mark + backlog.turns))
+        await asyncio.gather(*waits)
+
+
+def _only(error: BaseException) -> BaseException:
+    """The error inside nested groups of one: task groups wrap what callers want to catch by type."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,169 @@
+"""`Conversation`: everything that can be done with one conversation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown
+from buffer.model.ids import check_id, conversation_key, shard_of
+from buffer.model.position import MAX_POSITION
+from buffer.model.types import Context, Level, Page, Receipt
+
+if TYPE_CHECKING:
+    from buffer.app.runtime import Runtime
+
+MAX_PAGE_ITEMS = 1_000
+
+
+class Conversation:
+    """One conversation of one tenant. Cheap to make; holds no connection."""
+
+    __slots__ = ("_runtime", "id", "tenant", "user")
+
+    def __init__(self, runtime: Runtime, tenant: str, conversation: str, user: str | None) -> None:
+        self._runtime = runtime
+        self.tenant = tenant
+        self.id = conversation
+        self.user = user
+
+    def __repr__(self) -> str:
+        return f"Conversation({self.id!r}, tenant={self.tenant!r})"
+
+    async def append(
+        self,
+        item: Mapping[str, Any],
+        *,
+        id: str | None = None,  # noqa: A002 - the contract's name
+        durability: Level = "buffered",
+        if_match: int | None = None,
+        replace_after: str | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Append one item; see `extend`."""
+        receipts = await self.extend(
+            [item],
+            ids=[id],
+            durability=durability,
+            if_match=if_match,
+            replace_after=replace_after,
+            timeout=timeout,
+        )
+        return receipts[0]
+
+    async def extend(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        *,
+        ids: Sequence[str | None] | None = None,
+        durability: Level = "buffered",
+        if_match: int | None = None,
+        replace_after: str | None = None,
+        timeout: float | None = None,
+    ) -> list[Receipt]:
+        """Append all items or none; one receipt an item, in order.
+
+        Args:
+            items: JSON objects, at most ``max_batch_items``, each at most ``max_item_bytes``.
+            ids: one an item; a missing one is the item's own ``id``, or is made.
+            durability: ``buffered`` returns once Redis has the items, ``stored`` once Postgres has.
+            if_match: the position that must be the conversation's last one; 0 for "no items yet".
+            replace_after: id of an item; those after it are removed in the same step.
+            timeout: seconds; ``append_timeout_seconds`` by default.
+
+        Raises:
+            InvalidRequest, TooLarge: the request breaks a rule; nothing was stored.
+            NotFound: there is no item ``replace_after``.
+            Conflict: an id is known with another body, or only a part of the batch is known.
+            PreconditionFailed: ``if_match`` is not the last position.
+            Unavailable: nothing was stored; try again after ``retry_after`` seconds.
+            OutcomeUnknown: it may be stored; repeat it with the same ids, and it is stored once.
+        """
+        after: int | None = None
+        if replace_after is not None:
+            check_id(replace_after, "replace_after")
+            after = await self._position(replace_after, "replace_after")
+        return await self._runtime.appender.append(
+            self.tenant,
+            self.id,
+            items,
+            ids=ids,
+            user=self.user,
+            durability=durability,
+            if_match=if_match,
+            replace_after=after,
+            timeout=timeout,
+        )
+
+    async def context(self, turns: int = 20) -> Context:
+        """The newest ``turns`` items, oldest first, the unflushed ones included.
+
+        Raises:
+            Unavailable: a part of the answer could not be had.
+        """
+        _check_count(turns, "turns")
+        items, _ = await self._runtime.reader.newest(self.tenant, self.id, turns)
+        return Context(items, items[-1].position if items else None)
+
+    async def items(
+        self,
+        *,
+        after: str | int | None = None,
+        before: str | int | None = None,
+        limit: int = 100,
+        order: Literal["asc", "desc"] = "asc",
+    ) -> Page:
+        """One page of items, the unflushed ones included.
+
+        ``after`` and ``before`` name an item by id or a position, and exclude it. As in every list with
+        cursors, ``after`` means "further on in this order": with ``desc``, older items. ``before`` is
+        the opposite; of both bounds given, the page begins at ``after``.
+
+        Raises:
+            NotFound: there is no item of that id.
+            Unavailable: a part of the answer could not be had.
+        """
+        _check_count(limit, "limit")
+        if order not in {"asc", "desc"}:
+            raise InvalidRequest("order must be 'asc' or 'desc'", param="order")
+        first = await self._bound(after, "after")
+        last = await self._bound(before, "before")
+        low, high = (first, last) if order == "asc" else (last, first)
+        # The page begins at `after`; without it, and with `before`, it is the page that ends there.
+        from_oldest = (order == "asc") == (after is not None or before is None)
+        read = self._runtime.reader.oldest if from_oldest else self._runtime.reader.newest
+        items, more = await read(self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high)
+        return Page(items if order == "asc" else items[::-1], more)
+
+    async def flushed(self, receipt: Receipt, *, timeout: float | None = None) -> None:
+        """Return once the receipt's item is committed in Postgres; asks for a flush.
+
+        Raises:
+            OutcomeUnknown: not within ``timeout`` seconds.
+        """
+        shard = shard_of(conversation_key(self.tenant, self.id), self._runtime.settings.shards)
+        limit = timeout if timeout is not None else self._runtime.settings.append_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                await self._runtime.appender.flushed(shard, receipt.position)
+        except TimeoutError as error:
+            raise OutcomeUnknown(
+                f"not in Postgres within {limit:g} s", ids=[receipt.id], level=receipt.level
+            ) from error
+
+    async def _bound(self, value: str | int | None, param: str) -> int | None:
+        if value is None or isinstance(value, int):
+            return value
+        return await self._position(check_id(value, param), param)
+
+    async def _position(self, item_id: str, param: str) -> int:
+        position = await self._runtime.reader.position_of(self.tenant, self.id, item_id)
+        if position is None:
+            raise NotFound(f"{param}: conversation {self.id!r} has no item {item_id!r}")
+        return position
+
+
+def _check_count(value: int, param: str) -> None:
+    if not isinstance(value, int) or not 1 <= value <= MAX_PAGE_ITEMS:
+        raise InvalidRequest(f"{param} must be 1 to {MAX_PAGE_ITEMS}", param=param)

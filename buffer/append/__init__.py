@@ -1,0 +1,1 @@
+"""Taking items in: validation, coalescing, receipts."""

@@ -1,0 +1,115 @@
+"""All metrics, defined in one place. Base units; no tenant or conversation labels."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from buffer.errors import (
+    Conflict,
+    InvalidRequest,
+    OutcomeUnknown,
+    Overloaded,
+    PreconditionFailed,
+    Unavailable,
+)
+
+
+class Definition(NamedTuple):
+    """One metric as it is exposed."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_TURNS = (1, 10, 100, 500, 1_000, 2_500, 5_000, 10_000, 25_000)
+
+DEFINITIONS: tuple[Definition, ...] = (
+    # --- append: in every process that accepts items
+    Definition("counter", "buffer_appends_total", "Items by how their append ended.", ("path", "level", "outcome")),
+    Definition("histogram", "buffer_append_duration_seconds", "Append, from call to receipt.", buckets=_SECONDS),
+    Definition("gauge", "buffer_append_queue_depth", "Appends that wait for Redis in this process."),
+    Definition("counter", "buffer_rejected_total", "Appends that were turned away.", ("reason",)),
+    # --- flush: in every flusher
+    Definition("gauge", "buffer_oldest_unflushed_age_seconds", "Age of the oldest unflushed item, 0 for none.", ("shard",)),
+    Definition("gauge", "buffer_unflushed_turns", "Items in the shard's stream.", ("shard",)),
+    Definition("gauge", "buffer_unflushed_bytes", "Bytes of unflushed items in this flusher's shards."),
+    Definition("gauge", "buffer_shard_owned", "1 if this process flushes the shard.", ("shard",)),
+    Definition("histogram", "buffer_flush_duration_seconds", "One flush, from fetch to commit.", buckets=_SECONDS),
+    Definition("histogram", "buffer_flush_batch_turns", "Items a flush.", buckets=_TURNS),
+    Definition("counter", "buffer_flushed_turns_total", "Items committed in Postgres by this process."),
+    Definition("counter", "buffer_flush_failures_total", "Flushes that failed, to be tried again.", ("reason",)),
+    Definition("counter", "buffer_fenced_flushes_total", "Flushes refused because the shard has a new owner."),
+    Definition("counter", "buffer_repeated_turns_total", "Items left out because their id was stored already."),
+    Definition("counter", "buffer_dead_lettered_turns_total", "Items that this process moved to the dead letters."),
+    Definition("gauge", "buffer_last_flush_success_timestamp_seconds", "When a flush last committed here, Unix time."),
+    # --- everywhere
+    Definition("histogram", "buffer_read_duration_seconds", "Reads, by where the answer came from.", ("source",), _SECONDS),
+    Definition("gauge", "buffer_build_info", "1; the label tells the version.", ("version",)),
+    Definition("gauge", "buffer_schema_version", "Version of the database's schema."),
+)
+
+_KINDS: dict[str, type[Counter | Gauge | Histogram]] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+
+
+class Metrics:
+    """The metrics of one `Buffer` or flusher, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._metrics: dict[str, Any] = {}
+        for definition in DEFINITIONS:
+            options: dict[str, Any] = {"buckets": definition.buckets} if definition.buckets else {}
+            self._metrics[definition.name] = _KINDS[definition.kind](
+                definition.name, definition.help, definition.labels, registry=self.registry, **options
+            )
+        self._append_seconds = self["append_duration_seconds"]
+        self._accepted: dict[tuple[str, str], Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        """The metric ``buffer_<name>``."""
+        return self._metrics[f"buffer_{name}"]
+
+    def appended(self, level: str, items: int, duplicate: bool, seconds: float) -> None:
+        """Count an append that was acked."""
+        outcome = "duplicate" if duplicate else "acked"
+        child = self._accepted.get((level, outcome))
+        if child is None:
+            child = self["appends_total"].labels(path="stream", level=level, outcome=outcome)
+            self._accepted[level, outcome] = child
+        child.inc(items)
+        self._append_seconds.observe(seconds)
+
+    def append_failed(self, level: str, error: Exception) -> None:
+        """Count an append that was not acked."""
+        if isinstance(error, OutcomeUnknown):
+            self["appends_total"].labels(path="stream", level=level, outcome="unknown").inc()
+            return
+        self["appends_total"].labels(path="stream", level=level, outcome="rejected").inc()
+        reasons: list[tuple[type[Exception], str]] = [
+            (Overloaded, "overloaded"),
+            (Unavailable, "unavailable"),
+            (Conflict, "conflict"),
+            (PreconditionFailed, "precondition"),
+            (InvalidRequest, "invalid"),
+        ]
+        reason = next((name for kind, name in reasons if isinstance(error, kind)), "error")
+        self["rejected_total"].labels(reason=reason).inc()
+
+    def serve(self, host: str, port: int) -> tuple[int, Any]:
+        """Expose the metrics over HTTP; the port in use and a handle for `stop_serving`."""
+        server, thread = start_http_server(port, host, registry=self.registry)
+        return server.server_port, (server, thread)
+
+    @staticmethod
+    def stop_serving(handle: Any) -> None:
+        """Stop what `serve` started."""
+        server, thread = handle
+        server.shutdown()
+        server.server_close()
+        thread.join()

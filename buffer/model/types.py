@@ -1,0 +1,78 @@
+"""What callers get back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+Level = Literal["buffered", "replicated", "stored"]
+Path = Literal["stream", "direct"]
+
+
+@dataclass(slots=True, frozen=True)
+class Receipt:
+    """Proof of an append.
+
+    ``level`` is the durability that was reached, never one that was only asked for. ``duplicate`` says
+    that the id was known already and this is the first receipt again.
+    """
+
+    id: str
+    position: int
+    level: Level
+    path: Path = "stream"
+    duplicate: bool = False
+
+
+class Item(dict[str, Any]):
+    """An item exactly as it was appended; its id, position and time are attributes, never keys."""
+
+    __slots__ = ("created_at", "id", "position")
+
+    id: str
+    position: int
+    created_at: datetime | None
+
+    def __init__(self, value: dict[str, Any], *, id: str, position: int, created_at: datetime | None) -> None:  # noqa: A002 - the contract's name
+        super().__init__(value)
+        self.id = id
+        self.position = position
+        self.created_at = created_at
+
+
+@dataclass(slots=True, frozen=True)
+class Summary:
+    """What stands for the items up to and including position ``through``."""
+
+    text: str
+    through: int
+
+
+@dataclass(slots=True, frozen=True)
+class Context:
+    """What a prompt is built from: a summary, and the newest items, oldest first."""
+
+    items: list[Item]
+    last_position: int | None
+    complete: bool = True
+    summary: Summary | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Page:
+    """One page of a conversation's items, in the order that was asked for."""
+
+    items: list[Item] = field(default_factory=list)
+    has_more: bool = False
+    complete: bool = True
+
+    @property
+    def first_id(self) -> str | None:
+        """The first item's id, or None on an empty page."""
+        return self.items[0].id if self.items else None
+
+    @property
+    def last_id(self) -> str | None:
+        """The last item's id, or None on an empty page; the ``after`` of the next page."""
+        return self.items[-1].id if self.items else None

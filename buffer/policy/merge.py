@@ -1,0 +1,57 @@
+"""How Postgres's items and the unflushed tail become one sequence.
+
+Each shard is flushed in stream order, so Postgres holds exactly the entries up to the shard's
+flushed-through position F, which a read gets in the same snapshot as the rows. The tail was read first,
+so it holds every entry that Postgres did not have then. Hence:
+
+* tail entries at or before F are in Postgres, or were removed there: Postgres has the last word;
+* tail entries after F are in no row: they are added, in order, with the removals that they carry.
+
+The result is one prefix of the conversation, whatever was flushed between the two reads. An id can
+still meet itself when a repeat came after the idempotency window: the first one stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True, frozen=True)
+class Removal:
+    """Items after ``after`` and before ``before`` are removed, both excluded."""
+
+    after: int
+    before: int
+
+    def covers(self, position: int) -> bool:
+        """Whether an item at this position is removed."""
+        return self.after < position < self.before
+
+
+@dataclass(slots=True, frozen=True)
+class Pending:
+    """An unflushed item: its position, its id, what it removes, and whatever the caller carries along."""
+
+    position: int
+    item_id: str
+    replace_after: int | None
+
+
+def removals(pending: Iterable[Pending]) -> list[Removal]:
+    """What unflushed entries remove."""
+    return [Removal(p.replace_after, p.position) for p in pending if p.replace_after is not None]
+
+
+def visible(position: int, removed: Sequence[Removal]) -> bool:
+    """Whether an item at this position is still there."""
+    return not any(removal.covers(position) for removal in removed)
+
+
+def unflushed(pending: Sequence[Pending], flushed_through: int) -> list[Pending]:
+    """The tail entries that Postgres does not have, without those that later ones remove."""
+    removed = removals(pending)
+    return [p for p in pending if p.position > flushed_through and visible(p.position, removed)]

@@ -1,0 +1,1 @@
+"""Reading a conversation: the unflushed tail and Postgres as one sequence."""

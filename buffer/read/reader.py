@@ -1,0 +1,166 @@
+"""Reads: the tail first, then Postgres, merged into one prefix.
+
+The order matters: what is flushed between the two steps is seen in both, and `buffer.policy.merge`
+tells which one counts. The other way round it could be seen in neither.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from buffer.metrics import Metrics
+from buffer.model.codec import decode_item
+from buffer.model.ids import conversation_key, shard_of
+from buffer.model.position import MAX_POSITION, pack
+from buffer.model.record import Record
+from buffer.model.types import Item
+from buffer.path import Path
+from buffer.policy.merge import Pending, removals, unflushed, visible
+from buffer.store.items import ItemReader, Slice, StoredItem, Unflushed, Where
+from buffer.stream.shards import Refused, Shards
+
+_T = TypeVar("_T")
+
+# Tail entries that one round trip brings at the most: an item may have 1 MiB.
+_TAIL_CHUNK = 100
+_ATTEMPTS = 3
+
+
+@dataclass(slots=True)
+class _Tail:
+    """A conversation's unflushed records as one picture, and what they mean for a merge."""
+
+    records: dict[int, Record]
+    pending: list[Pending]
+
+    def for_store(self) -> Unflushed:
+        return Unflushed(removals(self.pending), [p.item_id for p in self.pending])
+
+
+class Reader:
+    """Reads of this process."""
+
+    def __init__(self, shards: Shards, path: Path, items: ItemReader, metrics: Metrics) -> None:
+        self._shards = shards
+        self._path = path
+        self._items = items
+        self._metrics = metrics
+
+    async def newest(
+        self, tenant: str, conversation: str, limit: int, after: int = 0, before: int = MAX_POSITION
+    ) -> tuple[list[Item], bool]:
+        """The newest ``limit`` items between two positions, oldest first; and whether there are older ones.
+
+        Raises:
+            Unavailable: a store that is needed for the answer did not give it.
+        """
+        where = self._where(tenant, conversation, after, before)
+        return await self._again_if_refused(lambda: self._newest(where, limit))
+
+    async def oldest(
+        self, tenant: str, conversation: str, limit: int, after: int = 0, before: int = MAX_POSITION
+    ) -> tuple[list[Item], bool]:
+        """The oldest ``limit`` items between two positions, oldest first; and whether there are newer ones.
+
+        Raises:
+            Unavailable: a store that is needed for the answer did not give it.
+        """
+        where = self._where(tenant, conversation, after, before)
+        return await self._again_if_refused(lambda: self._oldest(where, limit))
+
+    async def position_of(self, tenant: str, conversation: str, item_id: str) -> int | None:
+        """Where an item stands, flushed or not; None if there is no such item."""
+
+        async def find() -> int | None:
+            tail = await self._tail(self._where(tenant, conversation, 0, MAX_POSITION), enough=None)
+            removed = removals(tail.pending)
+            for pending in tail.pending:
+                if pending.item_id == item_id:
+                    return pending.position if visible(pending.position, removed) else None
+            position = await self._items.position_of(tenant, conversation, item_id)
+            return position if position is not None and visible(position, removed) else None
+
+        return await self._again_if_refused(find)
+
+    def _where(self, tenant: str, conversation: str, after: int, before: int) -> Where:
+        shard = shard_of(conversation_key(tenant, conversation), len(self._path.epochs))
+        return Where(tenant, conversation, shard, after, before)
+
+    async def _newest(self, where: Where, limit: int) -> tuple[list[Item], bool]:
+        began = time.perf_counter()
+        wanted = limit + 1  # one more tells whether there are more
+        tail = await self._tail(where, enough=wanted)
+        kept = _inside(unflushed(tail.pending, 0), where)
+        if len(kept) >= wanted:  # the picture of the tail alone is the newest part of one prefix
+            self._observe("tail", began)
+            return [_from_tail(tail, p) for p in kept[-limit:]], True
+        stored = await self._items.newest(where, wanted, tail.for_store())
+        merged = [_from_store(row) for row in reversed(stored.items)] + _new_in_tail(tail, stored, where)
+        self._observe("merged", began)
+        return merged[-limit:], len(merged) > limit
+
+    async def _oldest(self, where: Where, limit: int) -> tuple[list[Item], bool]:
+        began = time.perf_counter()
+        tail = await self._tail(where, enough=None)
+        stored = await self._items.oldest(where, limit + 1, tail.for_store())
+        merged = [_from_store(row) for row in stored.items]
+        if len(merged) <= limit:
+            merged += _new_in_tail(tail, stored, where)
+        self._observe("merged", began)
+        return merged[:limit], len(merged) > limit
+
+    async def _tail(self, where: Where, *, enough: int | None) -> _Tail:
+        """The newest unflushed records until ``enough`` of them count, or all.
+
+        Older chunks are read later than newer ones; what is flushed in between is in Postgres, which is
+        read last. Removals act backwards, so the newest chunk must come first.
+        """
+        key = conversation_key(where.tenant, where.conversation)
+        epoch = self._path.epochs[where.shard]
+        tail = _Tail({}, [])
+        before: int | None = None
+        while True:
+            chunk = await self._shards.tail(where.shard, epoch, key, _TAIL_CHUNK, before)
+            older = [Pending(pack(epoch, r.sequence), r.item_id, r.replace_after) for r in chunk.records]
+            tail.records.update(zip((p.position for p in older), chunk.records, strict=True))
+            tail.pending = older + tail.pending
+            if not chunk.more:
+                return tail
+            if enough is not None and len(_inside(unflushed(tail.pending, 0), where)) >= enough:
+                return tail
+            before = chunk.records[0].sequence
+
+    async def _again_if_refused(self, read: Callable[[], Awaitable[_T]]) -> _T:
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return await read()
+            except Refused:
+                await self._path.refresh()
+        return await read()
+
+    def _observe(self, source: str, began: float) -> None:
+        self._metrics["read_duration_seconds"].labels(source=source).observe(time.perf_counter() - began)
+
+
+def _inside(pending: Sequence[Pending], where: Where) -> list[Pending]:
+    return [p for p in pending if where.after < p.position < where.before]
+
+
+def _new_in_tail(tail: _Tail, stored: Slice, where: Where) -> list[Item]:
+    """What the tail adds to what Postgres has."""
+    new = _inside(unflushed(tail.pending, stored.flushed_through), where)
+    return [_from_tail(tail, p) for p in new if p.item_id not in stored.known]
+
+
+def _from_store(row: StoredItem) -> Item:
+    return Item(decode_item(row.data), id=row.item_id, position=row.position, created_at=row.created_at)
+
+
+def _from_tail(tail: _Tail, pending: Pending) -> Item:
+    record = tail.records[pending.position]
+    return Item(
+        decode_item(record.data), id=record.item_id, position=pending.position, created_at=record.created_at
+    )

@@ -1,0 +1,97 @@
+"""Settings: environment variables with the prefix ``BUFFER_``, a ``.env`` file, or arguments.
+
+Every limit has its unit in its name. Everything needs a restart to change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from buffer.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """All settings, with their defaults."""
+
+    model_config = SettingsConfigDict(env_prefix="BUFFER_", env_file=".env", extra="ignore", frozen=True)
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="`redis://`, `rediss://` or `unix://`.")
+    postgres_url: str = Field(
+        "postgresql://postgres@127.0.0.1:5432/buffer", description="A libpq connection URL."
+    )
+    key_prefix: str = Field(
+        "buffer", pattern=r"^[A-Za-z0-9_.:-]{1,40}$", description="First part of every Redis key."
+    )
+    shards: int = Field(
+        4,
+        ge=1,
+        le=256,
+        description="Streams over which conversations are spread; kept in Postgres at the first start, "
+        "another count is refused afterwards.",
+    )
+    host: str = Field("127.0.0.1", description="Address that the metrics port binds to.")
+    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of `buffer flusher`; 0: none.")
+
+    append_timeout_seconds: float = Field(
+        2.0, gt=0, description="An append that is not acked by then is an error: Unavailable or OutcomeUnknown."
+    )
+    append_queue_max: int = Field(20_000, ge=1, description="Appends waiting for Redis in one process; over it: Overloaded.")
+    append_queue_max_bytes: int = Field(64 << 20, ge=1 << 20, description="The same in bytes.")
+    idempotency_window_seconds: float = Field(
+        600.0, ge=1, description="How long, at least, a repeated id gets its first receipt again from Redis."
+    )
+    max_item_bytes: int = Field(1 << 20, ge=1024, description="One item's JSON.")
+    max_batch_bytes: int = Field(4 << 20, ge=1024, description="All items of one append together.")
+    max_batch_items: int = Field(500, ge=1, le=700, description="Items of one append.")
+
+    flush_interval_seconds: float = Field(0.5, gt=0, description="The oldest unflushed item is flushed after this.")
+    flush_max_turns: int = Field(5_000, ge=1, description="Unflushed items that trigger a flush; also its largest batch.")
+    flush_max_bytes: int = Field(8 << 20, ge=1 << 10, description="Unflushed bytes that trigger a flush; also its largest batch.")
+    lease_seconds: float = Field(3.0, ge=0.3, description="A shard's owner that is silent for this long loses the shard.")
+
+    redis_timeout_seconds: float = Field(1.0, gt=0, description="One round trip to Redis, connecting included.")
+    postgres_timeout_seconds: float = Field(30.0, gt=0, description="One statement in Postgres.")
+    postgres_pooled: bool = Field(
+        False, description="Postgres is behind a transaction pooler such as pgbouncer: no prepared statements."
+    )
+    postgres_pool_max: int = Field(8, ge=2, description="Postgres connections of one process.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over the environment, the environment over ``.env``, that over a config file."""
+        sources = [init_settings, env_settings, dotenv_settings, file_secret_settings]
+        if cls.model_config.get("toml_file"):
+            sources.append(TomlConfigSettingsSource(settings_cls))
+        return tuple(sources)
+
+    @classmethod
+    def load(cls, config: Path | None = None, **overrides: Any) -> Self:
+        """Read the settings; ``config`` is a TOML file of lower rank than the environment.
+
+        Raises:
+            SettingsError: a value is wrong; the message names each setting and its limit.
+        """
+        source: type[Self] = cls
+        if config is not None:
+            if not config.is_file():
+                raise SettingsError(f"config file {config} does not exist")
+            source = type(cls.__name__, (cls,), {"model_config": {**cls.model_config, "toml_file": config}})
+        try:
+            return source(**overrides)
+        except ValidationError as error:
+            lines = [
+                f"BUFFER_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']} (got {e['input']!r})"
+                for e in error.errors()
+            ]
+            raise SettingsError("\n".join(lines)) from error

@@ -1,0 +1,187 @@
+"""Items in Postgres: reading pages, and writing batches within a transaction of the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+from buffer.policy.merge import Removal
+from buffer.store import queries
+from buffer.store.pool import Connection, Database, translated
+
+_SQL = queries.load("items")
+_COLUMNS = ("tenant", "conversation", "position", "item_id", "created_at", "data")
+
+
+class Row(NamedTuple):
+    """One row of ``buffer.items``; ``data`` None: the item was removed."""
+
+    tenant: str
+    conversation: str
+    position: int
+    item_id: str
+    created_at: datetime
+    data: str | None
+
+
+class Cut(NamedTuple):
+    """Items of a conversation between two positions, both excluded, are removed."""
+
+    tenant: str
+    conversation: str
+    after: int
+    before: int
+
+
+class NewConversation(NamedTuple):
+    """A conversation that a batch may be the first to mention."""
+
+    tenant: str
+    conversation: str
+    user: str | None
+    created_at: datetime
+
+
+class DeadLetter(NamedTuple):
+    """An item that cannot be stored, and why."""
+
+    tenant: str
+    conversation: str
+    item_id: str
+    position: int
+    payload: bytes
+    reason: str
+
+
+@dataclass(slots=True, frozen=True)
+class StoredItem:
+    """An item as a read finds it; ``data`` is its JSON."""
+
+    position: int
+    item_id: str
+    created_at: datetime
+    data: str
+
+
+class Where(NamedTuple):
+    """A part of a conversation: positions between ``after`` and ``before``, both excluded."""
+
+    tenant: str
+    conversation: str
+    shard: int
+    after: int
+    before: int
+
+
+@dataclass(slots=True, frozen=True)
+class Unflushed:
+    """What a read knows of the tail when it asks Postgres: removals to honour, ids to look for."""
+
+    removals: Sequence[Removal]
+    ids: Sequence[str]
+
+
+@dataclass(slots=True, frozen=True)
+class Slice:
+    """Items in the order of the query, and how far their shard was flushed in the same snapshot.
+
+    ``known`` holds those of the unflushed ids that are stored already.
+    """
+
+    flushed_through: int
+    items: list[StoredItem]
+    known: frozenset[str]
+
+
+class ItemReader:
+    """Reads of one conversation at a time."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def newest(self, where: Where, limit: int, pending: Unflushed) -> Slice:
+        """Up to ``limit`` items, newest first."""
+        return await self._slice("newest", where, limit, pending)
+
+    async def oldest(self, where: Where, limit: int, pending: Unflushed) -> Slice:
+        """Up to ``limit`` items, oldest first."""
+        return await self._slice("oldest", where, limit, pending)
+
+    async def _slice(self, query: str, where: Where, limit: int, pending: Unflushed) -> Slice:
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                _SQL[query],
+                where.tenant,
+                where.conversation,
+                where.after,
+                where.before,
+                limit,
+                where.shard,
+                [removal.after for removal in pending.removals],
+                [removal.before for removal in pending.removals],
+                pending.ids,
+            )
+        return Slice(
+            rows[0]["flushed_through"],
+            [
+                StoredItem(r["position"], r["item_id"], r["created_at"], r["data"])
+                for r in rows
+                if r["position"] is not None
+            ],
+            frozenset(rows[0]["known"]),
+        )
+
+    async def last_position(self, tenant: str, conversation: str) -> int | None:
+        """The conversation's last position in Postgres."""
+        async with self._database.connection() as connection:
+            position: int | None = await connection.fetchval(_SQL["last_position"], tenant, conversation)
+        return position
+
+    async def position_of(self, tenant: str, conversation: str, item_id: str) -> int | None:
+        """Where an item stands in Postgres."""
+        async with self._database.connection() as connection:
+            position: int | None = await connection.fetchval(_SQL["position_of"], tenant, conversation, item_id)
+        return position
+
+
+async def copy_rows(connection: Connection, rows: Iterable[Row]) -> None:
+    """The fast path: all rows or an error (`DuplicateRows` where an id is taken)."""
+    with translated():
+        await connection.copy_records_to_table("items", schema_name="buffer", columns=_COLUMNS, records=rows)
+
+
+async def insert_new(connection: Connection, rows: Sequence[Row]) -> set[tuple[str, str, int]]:
+    """The slow path: rows whose id is free; (tenant, conversation, position) of those stored."""
+    columns = list(zip(*rows, strict=True))
+    with translated():
+        stored = await connection.fetch(_SQL["insert_new"], *columns)
+    return {(r["tenant"], r["conversation"], r["position"]) for r in stored}
+
+
+async def present(
+    connection: Connection, ids: Sequence[tuple[str, str, str]]
+) -> dict[tuple[str, str, str], tuple[int, str | None]]:
+    """(position, data) of what is stored under these (tenant, conversation, item id)."""
+    with translated():
+        rows = await connection.fetch(_SQL["present"], *zip(*ids, strict=True))
+    return {(r["tenant"], r["conversation"], r["item_id"]): (r["position"], r["data"]) for r in rows}
+
+
+async def remove_between(connection: Connection, cuts: Sequence[Cut]) -> None:
+    """Remove what ``replace_after`` replaces."""
+    with translated():
+        await connection.execute(_SQL["remove_between"], *zip(*cuts, strict=True))
+
+
+async def add_conversations(connection: Connection, new: Sequence[NewConversation]) -> None:
+    """Record conversations; one that is known only gains a user if it had none."""
+    with translated():
+        await connection.execute(_SQL["add_conversations"], *zip(*new, strict=True))
+
+
+async def add_dead_letters(connection: Connection, letters: Sequence[DeadLetter]) -> None:
+    """Keep what cannot be stored."""
+    with translated():
+        await connection.execute(_SQL["add_dead_letters"], *zip(*letters, strict=True))

@@ -1,0 +1,113 @@
+"""Connections to Postgres, and the translation of its driver's errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeAlias
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+
+from buffer.errors import BufferError, PostgresUnavailable, SchemaMismatch, SettingsError
+from buffer.policy.failures import classify_sqlstate
+from buffer.settings import Settings
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+
+
+class DuplicateRows(BufferError):
+    """A row is there already (23505); the transaction did nothing."""
+
+
+class BadRows(BufferError):
+    """A row is at fault (22, 23, or it cannot be encoded); the transaction did nothing."""
+
+
+class StoreRefused(BufferError):
+    """Postgres refuses for a reason that needs somebody to act; the transaction did nothing."""
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the driver's errors into ours: unavailable, duplicate, bad rows, or refused."""
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        text = f"Postgres: {error}"
+        sqlstate = error.sqlstate or ""
+        if sqlstate in {"3F000", "42P01"} and "buffer" in str(error):
+            raise SchemaMismatch(f"{text}; run `buffer migrate`") from error
+        verdict = classify_sqlstate(sqlstate)
+        if verdict == "retry":
+            raise PostgresUnavailable(text, retry_after=1.0) from error
+        raise {"duplicate": DuplicateRows, "data": BadRows, "hold": StoreRefused}[verdict](text) from error
+    except asyncpg.DataError as error:
+        raise BadRows(f"Postgres: {error}") from error
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError, EOFError) as error:
+        raise PostgresUnavailable(f"Postgres: {error or type(error).__name__}", retry_after=1.0) from error
+
+
+class Database:
+    """A pool that makes its connections when they are needed, so that Postgres may be down at the start.
+
+    ``application_name`` shows in ``pg_stat_activity``; a flusher's is its id, by which a successor
+    finds and ends a transaction that it left open.
+    """
+
+    def __init__(self, settings: Settings, application_name: str) -> None:
+        self._settings = settings
+        self._application_name = application_name
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self.on_query: Callable[[], None] | None = None
+
+    async def open(self) -> None:
+        """Make the pool; no connection yet."""
+        timeout = self._settings.postgres_timeout_seconds
+        try:
+            self._pool = await asyncpg.create_pool(
+                self._settings.postgres_url,
+                min_size=0,
+                max_size=self._settings.postgres_pool_max,
+                timeout=min(timeout, 5.0),
+                command_timeout=timeout,
+                statement_cache_size=0 if self._settings.postgres_pooled else 100,
+                server_settings={"application_name": self._application_name},
+            )
+        except (ValueError, asyncpg.InterfaceError) as error:
+            raise SettingsError(f"BUFFER_POSTGRES_URL: {error}") from error
+
+    async def close(self) -> None:
+        """Close the connections, waiting briefly for those in use, then hard."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        try:
+            async with asyncio.timeout(5):
+                await pool.close()
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection from the pool.
+
+        Raises:
+            PostgresUnavailable: none to be had, or it broke while it was used.
+        """
+        if self._pool is None:
+            raise PostgresUnavailable("Postgres: the pool is closed")
+        if self.on_query is not None:
+            self.on_query()
+        with translated():
+            async with self._pool.acquire(timeout=min(5.0, self._settings.postgres_timeout_seconds)) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A transaction whose commit is on disk when it returns."""
+        async with self.connection() as connection, connection.transaction():
+            # Before an ack or a trim nothing less will do, whatever the role's or the server's default is.
+            await connection.execute("set local synchronous_commit = on")
+            yield connection

@@ -1,0 +1,97 @@
+-- Items and conversations. A read also returns how far the shard is flushed, in the same snapshot.
+
+-- name: newest
+-- The newest items between two positions, newest first. One row of NULLs where there are none.
+-- $1 tenant, $2 conversation, $3 after, $4 before (excluded), $5 limit, $6 shard, $7 $8 removals that are
+-- not flushed yet (after, before), $9 ids that are not flushed yet; `known` tells which are repeats
+select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
+    array(
+        select item_id from buffer.items
+        where tenant = $1 and conversation = $2 and item_id = any($9::text[])
+    ) as known
+from buffer.shards s
+left join lateral (
+    select position, item_id, created_at, data
+    from buffer.items
+    where tenant = $1 and conversation = $2 and position > $3 and position < $4 and data is not null
+      and not exists (
+        select from unnest($7::bigint[], $8::bigint[]) as removal (after, before)
+        where position > removal.after and position < removal.before
+      )
+    order by position desc
+    limit $5
+) i on true
+where s.shard = $6
+order by i.position desc
+
+-- name: oldest
+-- The oldest items between two positions, oldest first. One row of NULLs where there are none.
+-- Parameters as above.
+select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
+    array(
+        select item_id from buffer.items
+        where tenant = $1 and conversation = $2 and item_id = any($9::text[])
+    ) as known
+from buffer.shards s
+left join lateral (
+    select position, item_id, created_at, data
+    from buffer.items
+    where tenant = $1 and conversation = $2 and position > $3 and position < $4 and data is not null
+      and not exists (
+        select from unnest($7::bigint[], $8::bigint[]) as removal (after, before)
+        where position > removal.after and position < removal.before
+      )
+    order by position
+    limit $5
+) i on true
+where s.shard = $6
+order by i.position
+
+-- name: last_position
+-- The last position of a conversation, removed items included.
+-- $1 tenant, $2 conversation
+select max(position) from buffer.items where tenant = $1 and conversation = $2
+
+-- name: position_of
+-- The position of an item that is not removed.
+-- $1 tenant, $2 conversation, $3 item id
+select position from buffer.items
+where tenant = $1 and conversation = $2 and item_id = $3 and data is not null
+
+-- name: insert_new
+-- The slow path of a flush: rows whose id is taken are left out. Returns the positions that were stored.
+-- $1 tenants, $2 conversations, $3 positions, $4 item ids, $5 times, $6 data
+insert into buffer.items (tenant, conversation, position, item_id, created_at, data)
+select * from unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[], $6::json[])
+on conflict (tenant, conversation, item_id) do nothing
+returning tenant, conversation, position
+
+-- name: present
+-- What is stored under these ids.
+-- $1 tenants, $2 conversations, $3 item ids
+select i.tenant, i.conversation, i.item_id, i.position, i.data
+from unnest($1::text[], $2::text[], $3::text[]) as wanted (tenant, conversation, item_id)
+join buffer.items i using (tenant, conversation, item_id)
+
+-- name: remove_between
+-- Removed items keep their row, so that their id is never used again.
+-- $1 tenants, $2 conversations, $3 after, $4 before
+update buffer.items i set data = null
+from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) as cut (tenant, conversation, after, before)
+where i.tenant = cut.tenant and i.conversation = cut.conversation
+  and i.position > cut.after and i.position < cut.before and i.data is not null
+
+-- name: add_conversations
+-- $1 tenants, $2 conversations, $3 users, $4 times
+insert into buffer.conversations (tenant, conversation, user_id, created_at)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[])
+order by 1, 2
+on conflict (tenant, conversation) do update
+set user_id = excluded.user_id
+where conversations.user_id is null and excluded.user_id is not null
+
+-- name: add_dead_letters
+-- $1 tenants, $2 conversations, $3 item ids, $4 positions, $5 payloads, $6 reasons
+insert into buffer.dead_letters (tenant, conversation, item_id, position, payload, reason)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bytea[], $6::text[])
+on conflict do nothing

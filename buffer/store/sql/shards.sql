@@ -1,0 +1,73 @@
+-- Shards: who flushes them, and how far. All times are Postgres's, so flushers' clocks do not matter.
+
+-- name: paths
+select shard, path_epoch, flushed_through from buffer.shards order by shard
+
+-- name: status
+select shard, path_epoch, owner, fence, lease_until > now() as owned, flushed_through, flushed_turns, flushed_at
+from buffer.shards order by shard
+
+-- name: heartbeat
+-- $1 flusher, $2 seconds after which a silent flusher no longer counts. Returns how many are live.
+with beat as (
+    insert into buffer.flushers (flusher, heartbeat_at) values ($1, now())
+    on conflict (flusher) do update set heartbeat_at = excluded.heartbeat_at
+), gone as (
+    delete from buffer.flushers where heartbeat_at < now() - make_interval(secs => 100 * $2::float8)
+)
+select count(*) from buffer.flushers
+where heartbeat_at > now() - make_interval(secs => $2::float8) and flusher <> $1
+
+-- name: leave
+-- $1 flusher
+delete from buffer.flushers where flusher = $1
+
+-- name: renew
+-- Keep what is ours. $1 flusher, $2 lease in seconds. Rows that a flush holds locked renew themselves.
+update buffer.shards set lease_until = now() + make_interval(secs => $2::float8)
+where owner = $1
+returning shard, fence, path_epoch, flushed_through
+
+-- name: expired_owners
+-- Owners whose lease ran out: whatever transaction they still hold open is ended before a takeover.
+select distinct owner from buffer.shards where owner is not null and lease_until < now()
+
+-- name: end_transactions
+-- A stopped owner may hold locks in an open transaction. $1 application names
+select pg_terminate_backend(pid) from pg_stat_activity
+where application_name = any($1::text[]) and usename = current_user and pid <> pg_backend_pid()
+
+-- name: claim
+-- Take up to $3 shards that nobody holds. $1 flusher, $2 lease in seconds, $3 how many
+update buffer.shards set owner = $1, fence = fence + 1, lease_until = now() + make_interval(secs => $2::float8)
+where shard in (
+    select shard from buffer.shards
+    where owner is null or lease_until < now()
+    order by random()
+    limit $3
+    for update skip locked
+)
+returning shard, fence, path_epoch, flushed_through
+
+-- name: release
+-- $1 flusher, $2 shards
+update buffer.shards set owner = null, lease_until = '-infinity'
+where owner = $1 and shard = any($2::int[])
+
+-- name: advance
+-- The fence: part of every flush. Fewer rows back than asked for means that somebody else owns a shard now.
+-- $1 flusher, $2 lease in seconds, $3 shards, $4 fences, $5 path epochs, $6 flushed through, $7 turns
+update buffer.shards s
+set flushed_through = batch.through, flushed_turns = s.flushed_turns + batch.turns, flushed_at = now(),
+    lease_until = greatest(s.lease_until, now() + make_interval(secs => $2::float8))
+from unnest($3::int[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
+    as batch (shard, fence, path_epoch, through, turns)
+where s.shard = batch.shard and s.owner = $1 and s.fence = batch.fence and s.path_epoch = batch.path_epoch
+returning s.shard
+
+-- name: next_epoch
+-- Redis holds no grant (it is new, or it lost its data): positions go on in a new epoch.
+-- $1 shard, $2 the epoch that was in force, $3 flusher, $4 fence
+update buffer.shards set path_epoch = path_epoch + 1
+where shard = $1 and path_epoch = $2 and owner = $3 and fence = $4
+returning path_epoch

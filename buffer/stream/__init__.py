@@ -1,0 +1,1 @@
+"""Redis: the only package that imports its driver. Its errors leave here as errors of ours."""

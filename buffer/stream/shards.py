@@ -1,0 +1,201 @@
+"""Typed operations on the shards: what the scripts take and give, and what their error replies mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+
+from buffer.errors import BufferError, RedisUnavailable
+from buffer.model.record import Record, decode_entry
+from buffer.stream import scripts
+from buffer.stream.keys import ShardKeys, channel
+from buffer.stream.link import Calls, Command, script_call
+
+
+class Refused(RedisUnavailable):
+    """Redis does not hold the grant for the caller's epoch."""
+
+
+class StreamCorrupt(BufferError):
+    """Redis holds something that this release cannot have written."""
+
+
+# Each passes by itself: a failover ends, memory is freed, replicas come back. Redis did not run the command.
+_PASSING = (OutOfMemoryError, ReadOnlyError, ClusterDownError, MasterDownError, MovedError)
+_PASSING_PREFIXES = ("NOREPLICAS", "LOADING", "TRYAGAIN", "BUSY", "MISCONF", "UNBLOCKED")
+
+
+def error_of(reply: ResponseError) -> BufferError:
+    """What an error reply means to a caller: refused, passing, or a fault of ours."""
+    text = str(reply)
+    if "REFUSED" in text:
+        return Refused(f"Redis: {text}", retry_after=0.1)
+    if isinstance(reply, OutOfMemoryError):
+        return RedisUnavailable("Redis is out of memory (maxmemory)", retry_after=1.0)
+    if isinstance(reply, _PASSING) or text.startswith(_PASSING_PREFIXES):
+        return RedisUnavailable(f"Redis: {text}", retry_after=0.5)
+    if isinstance(reply, NoPermissionError):
+        return RedisUnavailable(f"Redis refuses this user: {text}", retry_after=5.0)
+    return StreamCorrupt(f"Redis: {text}")
+
+
+def checked(reply: Any) -> Any:
+    """The reply, or the error that it stands for, raised."""
+    if isinstance(reply, ResponseError):
+        raise error_of(reply)
+    return reply
+
+
+@dataclass(slots=True, frozen=True)
+class Backlog:
+    """What waits in a shard. ``epoch`` is None where Redis holds no grant; ``oldest_ms`` is Unix time."""
+
+    epoch: int | None
+    mark: int
+    turns: int
+    bytes: int
+    oldest_ms: int | None
+
+
+@dataclass(slots=True, frozen=True)
+class Tail:
+    """A conversation's unflushed records, in order; ``more`` if the limit cut some off."""
+
+    records: list[Record]
+    more: bool
+
+
+@dataclass(slots=True, frozen=True)
+class Settlement:
+    """Entries ``(before, after]`` of a shard, by conversation: what `Shards.settle` makes Redis forget."""
+
+    before: int
+    after: int
+    bytes: int
+    conversations: dict[str, int]
+
+
+class Shards:
+    """The shards of one Redis, over shared calls."""
+
+    def __init__(self, calls: Calls, prefix: str, shards: int) -> None:
+        self._calls = calls
+        self.keys = [ShardKeys(prefix, shard) for shard in range(shards)]
+        self._nudge = channel(prefix, "nudge")
+        self._flushed = channel(prefix, "flushed")
+
+    @property
+    def channels(self) -> tuple[bytes, bytes]:
+        """The pub/sub channels: (nudge, flushed)."""
+        return self._nudge, self._flushed
+
+    async def _call(self, *commands: Command) -> list[Any]:
+        return [checked(reply) for reply in await self._calls.submit(commands)]
+
+    async def grant(self, shard: int, epoch: int) -> int:
+        """Open the shard for ``epoch``; the epoch in force afterwards."""
+        keys = self.keys[shard]
+        (reply,) = await self._call(script_call(scripts.GRANT, (keys.stream, keys.state), (b"%d" % epoch,)))
+        return int(reply)
+
+    async def peek(self, shards: Sequence[int]) -> list[Backlog]:
+        """The backlog of each shard, in one round trip."""
+        replies = await self._call(
+            *(
+                script_call(scripts.PEEK, (self.keys[s].stream, self.keys[s].state), ())
+                for s in shards
+            )
+        )
+        return [
+            Backlog(
+                int(epoch) if epoch else None,
+                int(mark),
+                int(turns),
+                int(nbytes),
+                int(header.split(b"/")[6]) if header.count(b"/") >= 6 else None,
+            )
+            for epoch, mark, nbytes, turns, header in replies
+        ]
+
+    async def marks(self, shards: Sequence[int]) -> list[tuple[int, int]]:
+        """(epoch, flushed-through sequence) of each shard; (0, -1) without a grant."""
+        replies = await self._call(*((b"HMGET", self.keys[s].state, b"epoch", b"mark") for s in shards))
+        return [(int(epoch or 0), int(-1 if mark is None else mark)) for epoch, mark in replies]
+
+    async def fetch(self, shard: int, epoch: int, after: int, count: int) -> list[tuple[bytes, bytes, bytes]]:
+        """Up to ``count`` raw entries (id, header, payload) after sequence ``after``, oldest first."""
+        start = b"-" if after < 0 else b"(%d-%d" % (epoch, after)
+        (reply,) = await self._call((b"XRANGE", self.keys[shard].stream, start, b"+", b"COUNT", b"%d" % count))
+        return [(entry_id, fields[1], fields[3]) for entry_id, fields in reply]
+
+    async def settle(self, shard: int, epoch: int, steps: Sequence[Settlement]) -> int:
+        """Forget what Postgres has, step by step in one round trip; the shard's mark afterwards."""
+        keys = self.keys[shard]
+        commands: list[Command] = []
+        for step in steps:
+            tails = [k for c in step.conversations for k in (keys.tail(c), keys.lease(c))]
+            counts = [b"%d" % n for n in step.conversations.values()]
+            commands.append(
+                script_call(
+                    scripts.SETTLE,
+                    (keys.stream, keys.state, *tails),
+                    (b"%d" % epoch, b"%d" % step.before, b"%d" % step.after, b"%d" % step.bytes, *counts),
+                )
+            )
+        *_, mark = await self._call(*commands)
+        await self._call((b"PUBLISH", self._flushed, b"%d %d %d" % (shard, epoch, int(mark))))
+        return int(mark)
+
+    async def rotate(self, shard: int, epoch: int, window_seconds: float) -> bool:
+        """Age the idempotency window, if it is time; whether it did."""
+        keys = self.keys[shard]
+        (reply,) = await self._call(
+            script_call(
+                scripts.ROTATE,
+                (keys.stream, keys.state, keys.ids, keys.ids_old),
+                (b"%d" % epoch, b"%d" % window_seconds),
+            )
+        )
+        return bool(reply)
+
+    async def nudge(self, shard: int) -> None:
+        """Ask whoever flushes the shard not to wait for more."""
+        await self._call((b"PUBLISH", self._nudge, b"%d" % shard))
+
+    async def lease(self, shard: int, epoch: int, conversation_key: str, token: bytes, seconds: float) -> int | None:
+        """The last unflushed sequence, or None: nothing is unflushed and the look-up lease is the caller's."""
+        keys = self.keys[shard]
+        (reply,) = await self._call(
+            script_call(
+                scripts.LEASE,
+                (keys.state, keys.tail(conversation_key), keys.lease(conversation_key)),
+                (b"%d" % epoch, token, b"%d" % (seconds * 1000)),
+            )
+        )
+        return int(reply) if reply else None
+
+    async def tail(
+        self, shard: int, epoch: int, conversation_key: str, most: int, before: int | None = None
+    ) -> Tail:
+        """The newest ``most`` unflushed records; only those before sequence ``before`` if given."""
+        keys = self.keys[shard]
+        (reply,) = await self._call(
+            script_call(
+                scripts.TAIL,
+                (keys.stream, keys.state, keys.tail(conversation_key)),
+                (b"%d" % epoch, b"%d" % most, b"" if before is None else b"%d" % before),
+            )
+        )
+        more, *entries = reply
+        return Tail([decode_entry(*entry) for entry in entries], more == b"1")
