@@ -28,14 +28,14 @@ def crash_point(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def crash_halfway(name: str, rows: list[_T]) -> Iterable[_T]:
-    """The rows; where the point is armed, an iterator that dies in the middle."""
+def crash_halfway(name: str, rows: Iterable[_T], count: int) -> Iterable[_T]:
+    """The ``count`` rows; where the point is armed, an iterator that dies in the middle."""
     if name != armed:
         return rows
 
     def dying() -> Iterator[_T]:
         for index, row in enumerate(rows):
-            if index >= len(rows) // 2:
+            if index >= count // 2:
                 crash_point(name)
             yield row
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from buffer.errors import (
     Conflict,
@@ -31,30 +36,98 @@ _TURNS = (1, 10, 100, 500, 1_000, 2_500, 5_000, 10_000, 25_000)
 
 DEFINITIONS: tuple[Definition, ...] = (
     # --- append: in every process that accepts items
-    Definition("counter", "buffer_appends_total", "Items by how their append ended.", ("path", "level", "outcome")),
-    Definition("histogram", "buffer_append_duration_seconds", "Append, from call to receipt.", buckets=_SECONDS),
+    Definition(
+        "counter", "buffer_appends_total", "Items by how their append ended.", ("path", "level", "outcome")
+    ),
+    Definition(
+        "histogram", "buffer_append_duration_seconds", "Append, from call to receipt.", buckets=_SECONDS
+    ),
     Definition("gauge", "buffer_append_queue_depth", "Appends that wait for Redis in this process."),
     Definition("counter", "buffer_rejected_total", "Appends that were turned away.", ("reason",)),
     # --- flush: in every flusher
-    Definition("gauge", "buffer_oldest_unflushed_age_seconds", "Age of the oldest unflushed item, 0 for none.", ("shard",)),
+    Definition(
+        "gauge",
+        "buffer_oldest_unflushed_age_seconds",
+        "Age of the oldest unflushed item, 0 for none.",
+        ("shard",),
+    ),
     Definition("gauge", "buffer_unflushed_turns", "Items in the shard's stream.", ("shard",)),
     Definition("gauge", "buffer_unflushed_bytes", "Bytes of unflushed items in this flusher's shards."),
     Definition("gauge", "buffer_shard_owned", "1 if this process flushes the shard.", ("shard",)),
-    Definition("histogram", "buffer_flush_duration_seconds", "One flush, from fetch to commit.", buckets=_SECONDS),
+    Definition(
+        "histogram", "buffer_flush_duration_seconds", "One flush, from fetch to commit.", buckets=_SECONDS
+    ),
     Definition("histogram", "buffer_flush_batch_turns", "Items a flush.", buckets=_TURNS),
     Definition("counter", "buffer_flushed_turns_total", "Items committed in Postgres by this process."),
-    Definition("counter", "buffer_flush_failures_total", "Flushes that failed, to be tried again.", ("reason",)),
-    Definition("counter", "buffer_fenced_flushes_total", "Flushes refused because the shard has a new owner."),
-    Definition("counter", "buffer_repeated_turns_total", "Items left out because their id was stored already."),
-    Definition("counter", "buffer_dead_lettered_turns_total", "Items that this process moved to the dead letters."),
-    Definition("gauge", "buffer_last_flush_success_timestamp_seconds", "When a flush last committed here, Unix time."),
+    Definition(
+        "counter", "buffer_flush_failures_total", "Flushes that failed, to be tried again.", ("reason",)
+    ),
+    Definition(
+        "counter", "buffer_fenced_flushes_total", "Flushes refused because the shard has a new owner."
+    ),
+    Definition(
+        "counter", "buffer_repeated_turns_total", "Items left out because their id was stored already."
+    ),
+    Definition(
+        "counter", "buffer_dead_lettered_turns_total", "Items that this process moved to the dead letters."
+    ),
+    Definition(
+        "gauge", "buffer_last_flush_success_timestamp_seconds", "When a flush last committed here, Unix time."
+    ),
     # --- everywhere
-    Definition("histogram", "buffer_read_duration_seconds", "Reads, by where the answer came from.", ("source",), _SECONDS),
+    Definition(
+        "histogram",
+        "buffer_read_duration_seconds",
+        "Reads, by where the answer came from.",
+        ("source",),
+        _SECONDS,
+    ),
     Definition("gauge", "buffer_build_info", "1; the label tells the version.", ("version",)),
     Definition("gauge", "buffer_schema_version", "Version of the database's schema."),
 )
 
-_KINDS: dict[str, type[Counter | Gauge | Histogram]] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+
+class Tally(Collector):
+    """A counter or histogram for the append path: plain integers, turned into samples at a scrape.
+
+    The client library's objects lock and cost 1 to 2 us each time, a tenth of an append.
+    """
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition = definition
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._buckets = [0] * (len(definition.buckets) + 1)
+        self._sum = 0.0
+
+    def inc(self, labels: tuple[str, ...], amount: int) -> None:
+        """Count under these label values."""
+        self._counts[labels] = self._counts.get(labels, 0) + amount
+
+    def observe(self, value: float) -> None:
+        """Put a value into its bucket."""
+        self._buckets[bisect_left(self._definition.buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        """The samples, as the client library asks for them."""
+        definition = self._definition
+        if definition.kind == "counter":
+            counter = CounterMetricFamily(definition.name, definition.help, labels=definition.labels)
+            for labels, count in self._counts.items():
+                counter.add_metric(labels, count)
+            yield counter
+            return
+        bounds = [*map(str, map(float, definition.buckets)), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._buckets), strict=True))
+        yield HistogramMetricFamily(definition.name, definition.help, buckets=buckets, sum_value=self._sum)
+
+
+_ON_THE_APPEND_PATH = {"buffer_appends_total", "buffer_append_duration_seconds"}
+_KINDS: dict[str, type[Counter | Gauge | Histogram]] = {
+    "counter": Counter,
+    "gauge": Gauge,
+    "histogram": Histogram,
+}
 
 
 class Metrics:
@@ -64,33 +137,28 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Any] = {}
         for definition in DEFINITIONS:
+            if definition.name in _ON_THE_APPEND_PATH:
+                tally = Tally(definition)
+                self.registry.register(tally)
+                self._metrics[definition.name] = tally
+                continue
             options: dict[str, Any] = {"buckets": definition.buckets} if definition.buckets else {}
             self._metrics[definition.name] = _KINDS[definition.kind](
                 definition.name, definition.help, definition.labels, registry=self.registry, **options
             )
-        self._append_seconds = self["append_duration_seconds"]
-        self._accepted: dict[tuple[str, str], Any] = {}
+        self.append_seconds: Tally = self["append_duration_seconds"]
+        self.appends: Tally = self["appends_total"]
 
     def __getitem__(self, name: str) -> Any:
         """The metric ``buffer_<name>``."""
         return self._metrics[f"buffer_{name}"]
 
-    def appended(self, level: str, items: int, duplicate: bool, seconds: float) -> None:
-        """Count an append that was acked."""
-        outcome = "duplicate" if duplicate else "acked"
-        child = self._accepted.get((level, outcome))
-        if child is None:
-            child = self["appends_total"].labels(path="stream", level=level, outcome=outcome)
-            self._accepted[level, outcome] = child
-        child.inc(items)
-        self._append_seconds.observe(seconds)
-
     def append_failed(self, level: str, error: Exception) -> None:
         """Count an append that was not acked."""
         if isinstance(error, OutcomeUnknown):
-            self["appends_total"].labels(path="stream", level=level, outcome="unknown").inc()
+            self.appends.inc(("stream", level, "unknown"), 1)
             return
-        self["appends_total"].labels(path="stream", level=level, outcome="rejected").inc()
+        self.appends.inc(("stream", level, "rejected"), 1)
         reasons: list[tuple[type[Exception], str]] = [
             (Overloaded, "overloaded"),
             (Unavailable, "unavailable"),

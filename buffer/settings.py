@@ -1,23 +1,68 @@
 """Settings: environment variables with the prefix ``BUFFER_``, a ``.env`` file, or arguments.
 
-Every limit has its unit in its name. Everything needs a restart to change.
+Every limit has its unit in its name. Everything needs a restart to change. URLs may hold passwords, so
+neither an error nor the ``repr`` of the settings shows more of one than where it leads.
 """
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from buffer.errors import SettingsError
+
+_WITH_SECRETS = {"redis_url", "postgres_url"}
+
+
+def without_secrets(url: str) -> str:
+    """The URL without user, password and query; of what is not a URL, nothing."""
+    if not _is_url(url):
+        return "***"
+    parts = urlsplit(url)
+    _, at, hosts = parts.netloc.rpartition("@")
+    return f"{parts.scheme}://{'***@' if at else ''}{hosts}{parts.path}{'?***' if parts.query else ''}"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        for host in url.netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port  # raises where it is not a number
+    except ValueError:
+        return False
+    # An "@" after the host: the password holds a "/" or "#" that should have been percent-encoded.
+    return "://" in text and (url.scheme == "unix" or "@" not in url.path + url.fragment)
+
+
+def _shown(name: str | None, value: Any) -> Any:
+    """A value as it may be printed; a URL in the wrong place is one too."""
+    text = str(value)
+    if name in _WITH_SECRETS or "://" in text:
+        return without_secrets(text) if isinstance(value, str) else "***"
+    return value
+
+
+# One append is one script call, and those have a limit of arguments: four an item.
+MOST_BATCH_ITEMS = 700
 
 
 class Settings(BaseSettings):
     """All settings, with their defaults."""
 
-    model_config = SettingsConfigDict(env_prefix="BUFFER_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="BUFFER_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="`redis://`, `rediss://` or `unix://`.")
     postgres_url: str = Field(
@@ -34,31 +79,56 @@ class Settings(BaseSettings):
         "another count is refused afterwards.",
     )
     host: str = Field("127.0.0.1", description="Address that the metrics port binds to.")
-    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of `buffer flusher`; 0: none.")
+    metrics_port: int = Field(
+        9464, ge=0, le=65535, description="Prometheus port of `buffer flusher`; 0: none."
+    )
 
     append_timeout_seconds: float = Field(
-        2.0, gt=0, description="An append that is not acked by then is an error: Unavailable or OutcomeUnknown."
+        2.0,
+        gt=0,
+        description="An append that is not acked by then is an error: Unavailable or OutcomeUnknown.",
     )
-    append_queue_max: int = Field(20_000, ge=1, description="Appends waiting for Redis in one process; over it: Overloaded.")
+    append_queue_max: int = Field(
+        20_000, ge=1, description="Appends waiting for Redis in one process; over it: Overloaded."
+    )
     append_queue_max_bytes: int = Field(64 << 20, ge=1 << 20, description="The same in bytes.")
     idempotency_window_seconds: float = Field(
         600.0, ge=1, description="How long, at least, a repeated id gets its first receipt again from Redis."
     )
     max_item_bytes: int = Field(1 << 20, ge=1024, description="One item's JSON.")
     max_batch_bytes: int = Field(4 << 20, ge=1024, description="All items of one append together.")
-    max_batch_items: int = Field(500, ge=1, le=700, description="Items of one append.")
+    max_batch_items: int = Field(500, ge=1, le=MOST_BATCH_ITEMS, description="Items of one append.")
 
-    flush_interval_seconds: float = Field(0.5, gt=0, description="The oldest unflushed item is flushed after this.")
-    flush_max_turns: int = Field(5_000, ge=1, description="Unflushed items that trigger a flush; also its largest batch.")
-    flush_max_bytes: int = Field(8 << 20, ge=1 << 10, description="Unflushed bytes that trigger a flush; also its largest batch.")
-    lease_seconds: float = Field(3.0, ge=0.3, description="A shard's owner that is silent for this long loses the shard.")
+    flush_interval_seconds: float = Field(
+        0.5, gt=0, description="The oldest unflushed item is flushed after this."
+    )
+    flush_max_turns: int = Field(
+        5_000, ge=1, description="Unflushed items that trigger a flush; also its largest batch."
+    )
+    flush_max_bytes: int = Field(
+        8 << 20, ge=1 << 10, description="Unflushed bytes that trigger a flush; also its largest batch."
+    )
+    lease_seconds: float = Field(
+        3.0, ge=0.3, description="A shard's owner that is silent for this long loses the shard."
+    )
 
-    redis_timeout_seconds: float = Field(1.0, gt=0, description="One round trip to Redis, connecting included.")
+    redis_timeout_seconds: float = Field(
+        1.0, gt=0, description="One round trip to Redis, connecting included."
+    )
     postgres_timeout_seconds: float = Field(30.0, gt=0, description="One statement in Postgres.")
     postgres_pooled: bool = Field(
-        False, description="Postgres is behind a transaction pooler such as pgbouncer: no prepared statements."
+        False,
+        description="Postgres is behind a transaction pooler such as pgbouncer: no prepared statements.",
     )
     postgres_pool_max: int = Field(8, ge=2, description="Postgres connections of one process.")
+
+    @field_validator("redis_url", "postgres_url")
+    @classmethod
+    def _parses(cls, url: str) -> str:
+        """Refuse here what the drivers would refuse later, quoting a part of the password as the port."""
+        if not _is_url(url):
+            raise ValueError("must be a URL; in a password, write / ? # @ as %2F %3F %23 %40")
+        return url
 
     @classmethod
     def settings_customise_sources(
@@ -90,8 +160,16 @@ class Settings(BaseSettings):
         try:
             return source(**overrides)
         except ValidationError as error:
-            lines = [
-                f"BUFFER_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']} (got {e['input']!r})"
-                for e in error.errors()
-            ]
+            lines = [_line(e["loc"], e["msg"], e["input"]) for e in error.errors()]
             raise SettingsError("\n".join(lines)) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise SettingsError(f"the settings cannot be read: {error}") from error
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What ``repr`` and ``str`` show."""
+        return [(name, _shown(name, value)) for name, value in super().__repr_args__()]
+
+
+def _line(where: tuple[int | str, ...], problem: str, value: Any) -> str:
+    name = ".".join(map(str, where))
+    return f"BUFFER_{name.upper()}: {problem} (got {_shown(name, value)!r})"

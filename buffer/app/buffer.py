@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from buffer.app.conversation import Conversation
 from buffer.app.runtime import Runtime, migrate_database
@@ -142,14 +142,7 @@ class Buffer:
 
     async def flush(self) -> None:
         """Return once everything that was acked before is in Postgres."""
-        runtime = self.runtime
-        every = range(runtime.settings.shards)
-        backlogs = await runtime.shards.peek(list(every))
-        waits: list[Any] = []
-        for shard, backlog in enumerate(backlogs):
-            if backlog.epoch is not None and backlog.turns:
-                waits.append(runtime.marks.wait_entries(shard, backlog.epoch, backlog.mark + backlog.turns))
-        await asyncio.gather(*waits)
+        await self.runtime.flush()
 
 
 def _only(error: BaseException) -> BaseException:

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from buffer.append.appender import Target
 from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown
-from buffer.model.ids import check_id, conversation_key, shard_of
+from buffer.model.ids import check_id
 from buffer.model.position import MAX_POSITION
 from buffer.model.types import Context, Level, Page, Receipt
 
@@ -20,13 +21,14 @@ MAX_PAGE_ITEMS = 1_000
 class Conversation:
     """One conversation of one tenant. Cheap to make; holds no connection."""
 
-    __slots__ = ("_runtime", "id", "tenant", "user")
+    __slots__ = ("_runtime", "_target", "id", "tenant", "user")
 
     def __init__(self, runtime: Runtime, tenant: str, conversation: str, user: str | None) -> None:
         self._runtime = runtime
         self.tenant = tenant
         self.id = conversation
         self.user = user
+        self._target = Target(tenant, conversation, user, runtime.settings.shards)
 
     def __repr__(self) -> str:
         return f"Conversation({self.id!r}, tenant={self.tenant!r})"
@@ -42,13 +44,9 @@ class Conversation:
         timeout: float | None = None,
     ) -> Receipt:
         """Append one item; see `extend`."""
-        receipts = await self.extend(
-            [item],
-            ids=[id],
-            durability=durability,
-            if_match=if_match,
-            replace_after=replace_after,
-            timeout=timeout,
+        after = None if replace_after is None else await self._position(replace_after, "replace_after")
+        receipts = await self._runtime.appender.append(
+            self._target, (item,), (id,), durability, if_match, after, timeout
         )
         return receipts[0]
 
@@ -80,20 +78,9 @@ class Conversation:
             Unavailable: nothing was stored; try again after ``retry_after`` seconds.
             OutcomeUnknown: it may be stored; repeat it with the same ids, and it is stored once.
         """
-        after: int | None = None
-        if replace_after is not None:
-            check_id(replace_after, "replace_after")
-            after = await self._position(replace_after, "replace_after")
+        after = None if replace_after is None else await self._position(replace_after, "replace_after")
         return await self._runtime.appender.append(
-            self.tenant,
-            self.id,
-            items,
-            ids=ids,
-            user=self.user,
-            durability=durability,
-            if_match=if_match,
-            replace_after=after,
-            timeout=timeout,
+            self._target, items, ids, durability, if_match, after, timeout
         )
 
     async def context(self, turns: int = 20) -> Context:
@@ -133,7 +120,9 @@ class Conversation:
         # The page begins at `after`; without it, and with `before`, it is the page that ends there.
         from_oldest = (order == "asc") == (after is not None or before is None)
         read = self._runtime.reader.oldest if from_oldest else self._runtime.reader.newest
-        items, more = await read(self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high)
+        items, more = await read(
+            self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high
+        )
         return Page(items if order == "asc" else items[::-1], more)
 
     async def flushed(self, receipt: Receipt, *, timeout: float | None = None) -> None:
@@ -142,11 +131,10 @@ class Conversation:
         Raises:
             OutcomeUnknown: not within ``timeout`` seconds.
         """
-        shard = shard_of(conversation_key(self.tenant, self.id), self._runtime.settings.shards)
         limit = timeout if timeout is not None else self._runtime.settings.append_timeout_seconds
         try:
             async with asyncio.timeout(limit):
-                await self._runtime.appender.flushed(shard, receipt.position)
+                await self._runtime.appender.flushed(self._target.shard, receipt.position)
         except TimeoutError as error:
             raise OutcomeUnknown(
                 f"not in Postgres within {limit:g} s", ids=[receipt.id], level=receipt.level
@@ -155,9 +143,10 @@ class Conversation:
     async def _bound(self, value: str | int | None, param: str) -> int | None:
         if value is None or isinstance(value, int):
             return value
-        return await self._position(check_id(value, param), param)
+        return await self._position(value, param)
 
     async def _position(self, item_id: str, param: str) -> int:
+        check_id(item_id, param)
         position = await self._runtime.reader.position_of(self.tenant, self.id, item_id)
         if position is None:
             raise NotFound(f"{param}: conversation {self.id!r} has no item {item_id!r}")

@@ -14,6 +14,7 @@ from buffer.append.coalescer import Coalescer
 from buffer.errors import BufferError
 from buffer.flush.flusher import Flusher, make_flusher_id
 from buffer.metrics import Metrics
+from buffer.model.position import pack
 from buffer.path import Path
 from buffer.read.reader import Reader
 from buffer.settings import Settings
@@ -33,10 +34,28 @@ async def migrate_database(
     settings: Settings, on_applied: Callable[[Migration], None] = lambda _: None
 ) -> int:
     """Bring the database of these settings up to this release; its schema version."""
-    database = Database(settings, "buffer:migrate")
+    async with _database(settings) as database:
+        return await migrate(database, settings.shards, on_applied)
+
+
+@asynccontextmanager
+async def open_database(settings: Settings) -> AsyncIterator[Database]:
+    """Postgres alone, for what does not need Redis.
+
+    Raises:
+        SchemaMismatch, SettingsError, PostgresUnavailable: why it cannot be used.
+    """
+    async with _database(settings) as database:
+        await check_schema(database, settings.shards)
+        yield database
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Database]:
+    database = Database(settings, "buffer:command")
     await database.open()
     try:
-        return await migrate(database, settings.shards, on_applied)
+        yield database
     finally:
         await database.close()
 
@@ -61,8 +80,10 @@ class Runtime:
             self.shards.keys,
             self.path,
             self.marks,
+            self.metrics,
             most_operations=settings.append_queue_max,
             most_bytes=settings.append_queue_max_bytes,
+            limit_seconds=settings.append_timeout_seconds,
         )
         self.appender = Appender(settings, self.coalescer, self.shards, self.marks, self.items, self.metrics)
         self.reader = Reader(self.shards, self.path, self.items, self.metrics)
@@ -103,6 +124,18 @@ class Runtime:
                 yield
             finally:
                 flusher.stop()
+
+    async def flush(self) -> None:
+        """Return once everything that was acked before is in Postgres."""
+        every = list(range(self.settings.shards))
+        backlogs = await self.shards.peek(every)
+        await asyncio.gather(
+            *(
+                self.marks.wait(shard, pack(backlog.epoch, backlog.mark + backlog.turns))
+                for shard, backlog in zip(every, backlogs, strict=True)
+                if backlog.epoch is not None and backlog.turns
+            )
+        )
 
     def make_flusher(self) -> Flusher:
         """A flusher over this process's connections."""

@@ -1,13 +1,12 @@
-"""Concurrent appends of this process go to a Redis node together: one round trip, one script a shard.
+"""Concurrent appends of this process go to a Redis node together: one script call a shard.
 
-While a round trip is under way, newcomers gather; when it returns, they leave together. A lone append
-leaves at once: it waits for the end of the event loop's turn, never for company.
+Up to `_DEPTH` batches are on their way at once, so that this process prepares one while Redis executes
+the other; all on one connection, so that acks come in the order of positions. While the way is full,
+newcomers gather. A lone append leaves at once: it waits for the end of the event loop's turn, never for
+company.
 
-What is certain about an operation that its caller gave up on:
-
-* still in the queue and never sent: it will never be stored;
-* sent, and no reply: unknown. It is sent again until its caller gives up, which is safe, since an id
-  that Redis or Postgres knows is not stored a second time.
+A batch whose reply is lost is sent again until its callers give up, which is safe: an id that Redis or
+Postgres knows is not stored a second time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from buffer.append.operation import Operation
 from buffer.errors import BufferError, Overloaded, RedisUnavailable
+from buffer.metrics import Metrics
 from buffer.model.position import epoch_of, sequence_of
 from buffer.path import Path
 from buffer.stream import scripts
@@ -32,42 +33,16 @@ _log = logging.getLogger(__name__)
 # ElastiCache Serverless allows 3,999 arguments, Lua's unpack 8,000; one operation may go over alone.
 _MOST_ARGUMENTS = 3_000
 _MOST_BYTES = 4 << 20
+_DEPTH = 2
 _PASSING_RETRY_SECONDS = 0.05
+_SWEEP_SECONDS = 0.05
 
-
-class Operation:
-    """One append: items of one conversation, taken whole or not at all."""
-
-    __slots__ = (
-        "arguments",
-        "conversation_key",
-        "count",
-        "expected",
-        "future",
-        "in_flight",
-        "maybe_stored",
-        "nbytes",
-        "shard",
-        "token",
-    )
-
-    def __init__(
-        self, shard: int, conversation_key: str, arguments: list[bytes], nbytes: int, expected: int | None
-    ) -> None:
-        self.shard = shard
-        self.conversation_key = conversation_key
-        self.arguments = arguments  # four an item: id digest, body digest, header, payload
-        self.count = len(arguments) // 4
-        self.nbytes = nbytes
-        self.expected = expected  # last position, 0 for "no items", None for any
-        self.token = b""  # lease under which ``expected`` was confirmed in Postgres
-        self.future: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
-        self.maybe_stored = False
-        self.in_flight = False
+# One script call: its shard, the epoch that it names, and its operations.
+_Call = tuple[int, int, list[Operation]]
 
 
 class Coalescer:
-    """The queue in front of one Redis node, and the task that empties it."""
+    """The queue in front of one Redis node, and the tasks that empty it."""
 
     def __init__(
         self,
@@ -75,23 +50,31 @@ class Coalescer:
         keys: Sequence[ShardKeys],
         path: Path,
         marks: Marks,
+        metrics: Metrics,
         *,
         most_operations: int,
         most_bytes: int,
+        limit_seconds: float,
     ) -> None:
         self._link = link
         self._keys = keys
         self._path = path
         self._marks = marks
+        self._metrics = metrics
         self._most_operations = most_operations
         self._most_bytes = most_bytes
+        self._limit_seconds = limit_seconds
         self._queue: deque[Operation] = deque()
-        self._wakeup = asyncio.Event()
+        self._expiring: deque[Operation] = deque()  # those with the usual limit, oldest first
+        self._under_way: deque[list[_Call]] = deque()
+        self._to_send = asyncio.Event()
+        self._to_receive = asyncio.Event()
         self._refreshes: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._answered = 0
+        self._answered_per_second = 1_000.0
         self.operations = 0  # accepted and not answered
         self.bytes = 0
-        self._round_trip_seconds = 0.001
-        self._taken_at_once = 1
 
     def submit(self, operation: Operation) -> asyncio.Future[tuple[int, bytes]]:
         """Queue an operation; its future gives the epoch and the script's answer.
@@ -100,102 +83,120 @@ class Coalescer:
             Overloaded: the queue is full; nothing was taken.
         """
         if self.operations >= self._most_operations or self.bytes + operation.nbytes > self._most_bytes:
-            wait = self.operations / max(1, self._taken_at_once) * self._round_trip_seconds
             raise Overloaded(
                 f"{self.operations} appends ({self.bytes} bytes) wait for Redis; the limits are "
                 f"{self._most_operations} (append_queue_max) and {self._most_bytes} (append_queue_max_bytes)",
-                retry_after=min(5.0, max(0.05, wait)),
+                retry_after=min(5.0, max(0.05, self.operations / max(1.0, self._answered_per_second))),
             )
         self.operations += 1
         self.bytes += operation.nbytes
+        if operation.limit_seconds == self._limit_seconds:
+            self._expiring.append(operation)
+        else:
+            self._loop.call_at(operation.began + operation.limit_seconds, operation.expire)
         self._queue.append(operation)
-        self._wakeup.set()
+        self._to_send.set()
         return operation.future
 
     async def run(self) -> None:
         """Serve the queue until cancelled; what is left then fails."""
         try:
-            while True:
-                await self._wakeup.wait()
-                self._wakeup.clear()
-                while self._queue:
-                    await self._serve(self._take())
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._send(), name="append-send")
+                tasks.create_task(self._receive(), name="append-receive")
+                tasks.create_task(self._expire(), name="append-expire")
         finally:
             for refresh in self._refreshes:
                 refresh.cancel()
+            self._lose_what_is_under_way()
             for operation in self._queue:
                 self._fail(operation, RedisUnavailable("this process is closing"))
             self._queue.clear()
             await self._link.close()
 
-    def _take(self) -> dict[int, list[Operation]]:
+    # --- out
+
+    async def _send(self) -> None:
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            while self._queue and len(self._under_way) < _DEPTH:
+                calls = self._take()
+                if not calls:
+                    continue
+                self._under_way.append(calls)
+                commands = [self._command(*call) for call in calls]
+                try:
+                    await self._link.send(commands)
+                except LinkLost as error:
+                    self._lose_what_is_under_way(never_sent=None if error.sent else calls)
+                    await asyncio.sleep(self._link.retry_delay())
+                else:
+                    self._to_receive.set()
+
+    def _take(self) -> list[_Call]:
         """As many operations as one script call a shard can carry."""
-        batches: dict[int, list[Operation]] = {}
-        room: dict[int, tuple[int, int]] = {}
+        calls: dict[int, list[Operation]] = {}
+        room: dict[int, list[int]] = {}
         left: list[Operation] = []
-        while self._queue:
-            operation = self._queue.popleft()
+        queue = self._queue
+        while queue and len(left) < 1_000:
+            operation = queue.popleft()
             if operation.future.done():  # its caller gave up
                 self._finish(operation)
                 continue
-            arguments, nbytes = room.get(operation.shard, (0, 0))
-            arguments += len(operation.arguments) + 7
-            nbytes += operation.nbytes
-            batch = batches.get(operation.shard)
-            if batch and (arguments > _MOST_ARGUMENTS or nbytes > _MOST_BYTES):
+            shard = operation.shard
+            batch = calls.get(shard)
+            if batch is None:
+                batch = calls[shard] = []
+                room[shard] = [_MOST_ARGUMENTS, _MOST_BYTES]
+            used = room[shard]
+            used[0] -= len(operation.arguments) + 4
+            used[1] -= operation.nbytes
+            if batch and (used[0] < 0 or used[1] < 0):
                 left.append(operation)
-                if len(left) > 1_000:
-                    break
                 continue
-            room[operation.shard] = (arguments, nbytes)
-            batches.setdefault(operation.shard, []).append(operation)
-        self._queue.extendleft(reversed(left))
-        return batches
-
-    async def _serve(self, batches: dict[int, list[Operation]]) -> None:
-        if not batches:
-            return
+            operation.in_flight = True
+            batch.append(operation)
+        queue.extendleft(reversed(left))
         epochs = self._path.epochs
-        for operations in batches.values():
-            for operation in operations:
-                operation.in_flight = True
-        commands = [self._command(shard, epochs[shard], operations) for shard, operations in batches.items()]
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        try:
-            replies = await self._link.round_trip(commands)
-        except LinkLost as error:
-            self._requeue(batches, maybe_stored=error.sent)
-            await asyncio.sleep(self._link.retry_delay())
-            return
-        except asyncio.CancelledError:
-            self._requeue(batches, maybe_stored=True)
-            raise
-        self._round_trip_seconds += 0.1 * (loop.time() - began - self._round_trip_seconds)
-        self._taken_at_once = sum(map(len, batches.values()))
-        for (shard, operations), reply in zip(batches.items(), replies, strict=True):
-            self._deliver(shard, epochs[shard], operations, reply)
+        return [(shard, epochs[shard], batch) for shard, batch in calls.items()]
 
     def _command(self, shard: int, epoch: int, operations: list[Operation]) -> Command:
-        keys = self._keys[shard]
-        names = [keys.stream, keys.state, keys.ids, keys.ids_old]
         arguments = [b"%d" % epoch]
         for operation in operations:
-            names.append(keys.tail(operation.conversation_key))
-            arguments += (b"%d" % len(names), b"%d" % operation.count)
-            if operation.expected is None:
+            count = len(operation.arguments) >> 2
+            arguments += (operation.conversation, b"1" if count == 1 else b"%d" % count)
+            position = operation.expected
+            if position is None:
                 arguments.append(b"")
+            elif epoch_of(position) == epoch:
+                arguments += (b"%d" % sequence_of(position), operation.token)
             else:
-                position = operation.expected
-                same_epoch = epoch_of(position) == epoch
-                names.append(keys.lease(operation.conversation_key))
-                arguments += (
-                    b"%d" % sequence_of(position) if same_epoch else b"-",
-                    b"%d" % len(names),
-                    operation.token,
-                )
+                arguments += (b"-", operation.token)
             arguments += operation.arguments
+        keys = self._keys[shard]
+        names = (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases)
         return script_call(scripts.APPEND, names, arguments)
+
+    # --- back
+
+    async def _receive(self) -> None:
+        while True:
+            await self._to_receive.wait()
+            self._to_receive.clear()
+            while self._under_way:
+                calls = self._under_way[0]
+                try:
+                    while calls:
+                        reply = await self._link.receive()
+                        self._deliver(*calls.pop(0), reply)
+                except LinkLost:
+                    if calls:  # else the sender noticed first, and has put them back
+                        self._lose_what_is_under_way()
+                    break
+                self._under_way.popleft()
+                self._to_send.set()
 
     def _deliver(self, shard: int, epoch: int, operations: list[Operation], reply: Any) -> None:
         try:
@@ -205,21 +206,25 @@ class Coalescer:
             for operation in operations:
                 operation.in_flight = False
             if isinstance(error, Refused):
-                self._refresh_then_requeue(operations)
+                self._refresh_then_put_back(operations)
             else:
-                asyncio.get_running_loop().call_later(_PASSING_RETRY_SECONDS, self._put_back, operations)
+                self._loop.call_later(_PASSING_RETRY_SECONDS, self._put_back, operations)
             return
         except BufferError as error:
             for operation in operations:
                 self._fail(operation, error)
             return
         self._marks.update(shard, epoch, int(mark))
+        self._answered += len(answers)
+        now = self._loop.time()
+        observe = self._metrics.append_seconds.observe
         for operation, answer in zip(operations, answers, strict=True):
             self._finish(operation)
+            observe(now - operation.began)
             if not operation.future.done():
                 operation.future.set_result((epoch, answer))
 
-    def _refresh_then_requeue(self, operations: list[Operation]) -> None:
+    def _refresh_then_put_back(self, operations: list[Operation]) -> None:
         async def refresh() -> None:
             try:
                 await self._path.refresh()
@@ -232,16 +237,22 @@ class Coalescer:
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
 
-    def _requeue(self, batches: dict[int, list[Operation]], *, maybe_stored: bool) -> None:
-        operations = [operation for batch in batches.values() for operation in batch]
-        for operation in operations:
-            operation.in_flight = False
-            operation.maybe_stored |= maybe_stored
-        self._put_back(operations)
+    def _lose_what_is_under_way(self, *, never_sent: list[_Call] | None = None) -> None:
+        """The connection is gone: what it carried goes back to the queue, in order, its outcome open."""
+        lost: list[Operation] = []
+        for calls in self._under_way:
+            for _, _, operations in calls:
+                for operation in operations:
+                    operation.in_flight = False
+                    operation.maybe_stored |= calls is not never_sent
+                lost += operations
+            calls.clear()
+        self._under_way.clear()
+        self._put_back(lost)
 
     def _put_back(self, operations: list[Operation]) -> None:
         self._queue.extendleft(reversed(operations))
-        self._wakeup.set()
+        self._to_send.set()
 
     def _finish(self, operation: Operation) -> None:
         operation.in_flight = False
@@ -252,3 +263,14 @@ class Coalescer:
         self._finish(operation)
         if not operation.future.done():
             operation.future.set_exception(error)
+
+    async def _expire(self) -> None:
+        """End operations whose time is up. A timer for each would cost more than the rest of the queue."""
+        expiring = self._expiring
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            answered, self._answered = self._answered / _SWEEP_SECONDS, 0
+            self._answered_per_second += 0.2 * (answered - self._answered_per_second)
+            now = self._loop.time()
+            while expiring and (expiring[0].future.done() or expiring[0].began + self._limit_seconds <= now):
+                expiring.popleft().expire()

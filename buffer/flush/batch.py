@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from buffer.model.position import pack
-from buffer.model.record import Record, decode_entry
+from buffer.model.record import decode_entry, split_header
 from buffer.policy.merge import Removal
+from buffer.store.copy_format import encode_row
 from buffer.store.items import Cut, Row
 from buffer.store.shards import Advance, Owned
-from buffer.stream.shards import Settlement
+from buffer.stream.shards import RawEntry, Settlement
 
 # One settle script touches this many entries: Redis does nothing else meanwhile.
 SETTLE_STEP = 500
 
-RawEntry = tuple[bytes, bytes, bytes]
+
+class Entry(NamedTuple):
+    """One entry as a flush needs it: still in bytes, since Postgres gets bytes as well."""
+
+    sequence: int
+    conversation_key: bytes
+    raw: RawEntry
+    parts: list[bytes]  # the header, split; see `buffer.model.record`
+
+    @property
+    def replace_after(self) -> int | None:
+        """Items after this position are removed, up to this entry."""
+        return int(self.parts[7]) if self.parts[7] else None
+
+
+def decode(entries: Iterable[RawEntry]) -> list[Entry]:
+    """Split the headers.
+
+    Raises:
+        UnknownRecordFormat: an entry of a newer release.
+    """
+    decoded = []
+    for raw in entries:
+        parts = split_header(raw)
+        entry_id = raw[0]
+        decoded.append(
+            Entry(int(entry_id[entry_id.index(b"-") + 1 :]), b"%b/%b" % (parts[2], parts[3]), raw, parts)
+        )
+    return decoded
 
 
 @dataclass(slots=True)
@@ -29,31 +58,39 @@ class ShardBatch:
     owned: Owned
     before: int
     committed: int
-    records: list[Record]
-    nbytes: list[int]
+    entries: list[Entry]
 
     @property
     def through(self) -> int:
         """The last sequence of the batch."""
-        return self.records[-1].sequence
+        return self.entries[-1].sequence
 
-    def fresh(self) -> list[Record]:
-        """The records that Postgres does not have."""
-        if self.records[0].sequence > self.committed:
-            return self.records
-        return [record for record in self.records if record.sequence > self.committed]
+    def fresh(self) -> list[Entry]:
+        """The entries that Postgres does not have."""
+        if self.entries[0].sequence > self.committed:
+            return self.entries
+        return [entry for entry in self.entries if entry.sequence > self.committed]
 
     def settlements(self) -> list[Settlement]:
         """The steps by which Redis forgets the batch."""
         steps = []
         before = self.before
-        for at in range(0, len(self.records), SETTLE_STEP):
-            part = self.records[at : at + SETTLE_STEP]
-            conversations = Counter(record.conversation_key for record in part)
-            nbytes = sum(self.nbytes[at : at + SETTLE_STEP])
-            steps.append(Settlement(before, part[-1].sequence, nbytes, dict(conversations)))
+        for at in range(0, len(self.entries), SETTLE_STEP):
+            part = self.entries[at : at + SETTLE_STEP]
+            conversations = list(dict.fromkeys(entry.conversation_key for entry in part))
+            nbytes = sum(len(entry.raw[1]) + len(entry.raw[2]) for entry in part)
+            steps.append(Settlement(before, part[-1].sequence, nbytes, conversations))
             before = part[-1].sequence
         return steps
+
+    def removals(self) -> dict[bytes, list[Removal]]:
+        """What the fresh entries remove, by conversation."""
+        found: dict[bytes, list[Removal]] = {}
+        for entry in self.fresh():
+            if entry.replace_after is not None:
+                position = pack(self.owned.path_epoch, entry.sequence)
+                found.setdefault(entry.conversation_key, []).append(Removal(entry.replace_after, position))
+        return found
 
 
 @dataclass(slots=True)
@@ -68,15 +105,42 @@ class Batch:
     def __post_init__(self) -> None:
         self.fresh = sum(len(part.fresh()) for part in self.parts)
 
-    def rows(self) -> tuple[list[Row], list[Cut]]:
-        """Rows to insert, and removals. A row that a later entry of the batch removes has no data."""
-        rows: list[Row] = []
-        cuts: list[Cut] = []
+    def encoded_rows(self) -> Iterator[bytes]:
+        """The rows in COPY's binary format. One that a later entry of the batch removes has no data."""
         for part in self.parts:
-            rows += _rows(part.owned.path_epoch, part.fresh(), cuts)
-        if cuts:
-            rows = _without_removed(rows, cuts)
-        return rows, cuts
+            base = pack(part.owned.path_epoch, 0)
+            removals = part.removals()
+            for entry in part.fresh():
+                _, _, tenant, conversation, item_id, _, created_ms, _, _, _ = entry.parts
+                position = base + entry.sequence
+                removed = removals and _removed(removals, entry.conversation_key, position)
+                data = None if removed else entry.raw[2]
+                yield encode_row(tenant, conversation, position, item_id, int(created_ms), data)
+
+    def rows(self) -> list[Row]:
+        """The same rows for the slow path."""
+        rows = []
+        for part in self.parts:
+            removals = part.removals()
+            for entry in part.fresh():
+                record = decode_entry(*entry.raw)
+                position = pack(part.owned.path_epoch, entry.sequence)
+                removed = _removed(removals, entry.conversation_key, position)
+                data = None if removed else record.data.decode()
+                rows.append(
+                    Row(record.tenant, record.conversation, position, record.item_id, record.created_at, data)
+                )
+        return rows
+
+    def cuts(self) -> list[Cut]:
+        """What the batch removes from earlier rows."""
+        return [
+            Cut(tenant, conversation, removal.after, removal.before)
+            for part in self.parts
+            for key, removals in part.removals().items()
+            for tenant, conversation in [key.decode().split("/")]
+            for removal in removals
+        ]
 
     def advances(self) -> list[Advance]:
         """How far each shard moves; parts that were committed before do not."""
@@ -86,40 +150,6 @@ class Batch:
             if (n := len(p.fresh()))
         ]
 
-    def without(self, shards: Iterable[int]) -> Batch:
-        """The batch without some shards."""
-        gone = set(shards)
-        return Batch([p for p in self.parts if p.owned.shard not in gone], self.full, self.fetched_at)
 
-
-def decode(entries: Sequence[RawEntry]) -> tuple[list[Record], list[int]]:
-    """The records and their sizes as the append script counted them.
-
-    Raises:
-        UnknownRecordFormat: an entry of a newer release.
-    """
-    return [decode_entry(*entry) for entry in entries], [len(h) + len(d) for _, h, d in entries]
-
-
-def _rows(epoch: int, records: Sequence[Record], cuts: list[Cut]) -> list[Row]:
-    base = pack(epoch, 0)
-    rows = []
-    for record in records:
-        position = base + record.sequence
-        data = record.data.decode()
-        rows.append(Row(record.tenant, record.conversation, position, record.item_id, record.created_at, data))
-        if record.replace_after is not None:
-            cuts.append(Cut(record.tenant, record.conversation, record.replace_after, position))
-    return rows
-
-
-def _without_removed(rows: list[Row], cuts: list[Cut]) -> list[Row]:
-    removals: dict[tuple[str, str], list[Removal]] = {}
-    for cut in cuts:
-        removals.setdefault((cut.tenant, cut.conversation), []).append(Removal(cut.after, cut.before))
-    return [
-        row._replace(data=None)
-        if any(r.covers(row.position) for r in removals.get((row.tenant, row.conversation), ()))
-        else row
-        for row in rows
-    ]
+def _removed(removals: dict[bytes, list[Removal]], key: bytes, position: int) -> bool:
+    return any(removal.covers(position) for removal in removals.get(key, ()))

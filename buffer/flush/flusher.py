@@ -27,20 +27,20 @@ from buffer.flush.writer import Fenced, Writer
 from buffer.metrics import Metrics
 from buffer.model.ids import uuid7_hex
 from buffer.model.position import epoch_of, pack, sequence_of
-from buffer.model.record import UnknownRecordFormat
+from buffer.model.record import UnknownRecordFormat, batch_continues
 from buffer.policy.backoff import full_jitter
 from buffer.policy.triggers import Triggers, fetch_count
 from buffer.settings import Settings
 from buffer.store.pool import Database
 from buffer.store.shards import Owned, ShardStore
 from buffer.stream.client import RedisClient
-from buffer.stream.shards import Backlog, Shards
+from buffer.stream.shards import Backlog, RawEntry, Shards
 
 _log = logging.getLogger(__name__)
 
 _FETCH_CHUNK = 1_000
 _RETRY_FIRST_SECONDS = 0.05
-_RETRY_MOST_SECONDS = 2.0
+_RETRY_MOST_SECONDS = 1.0
 _LAST_FLUSH_SECONDS = 15.0
 
 
@@ -302,19 +302,29 @@ class Flusher:
     async def _fetch(self) -> Batch:
         await self._look()
         cursors = [c for c in self._cursors.values() if c.backlog and c.backlog.turns and not c.held_because]
-        waiting = {c.owned.shard: c.backlog.turns - (c.fetched - c.backlog.mark) for c in cursors if c.backlog}
+        waiting = {
+            c.owned.shard: c.backlog.turns - (c.fetched - c.backlog.mark) for c in cursors if c.backlog
+        }
         total = sum(max(0, n) for n in waiting.values())
         if total <= 0:
             return Batch([], full=False, fetched_at=time.monotonic())
         share = min(1.0, self._settings.flush_max_turns / total)
         parts = await asyncio.gather(
             *(
-                self._fetch_shard(c, -int(-waiting[c.owned.shard] * share // 1), self._settings.flush_max_bytes // len(cursors))
+                self._fetch_shard(
+                    c,
+                    -int(-waiting[c.owned.shard] * share // 1),
+                    self._settings.flush_max_bytes // len(cursors),
+                )
                 for c in cursors
                 if waiting[c.owned.shard] > 0
             )
         )
-        return Batch([p for p in parts if p is not None], full=share < 1 or self._cut_short(cursors), fetched_at=time.monotonic())
+        return Batch(
+            [p for p in parts if p is not None],
+            full=share < 1 or self._cut_short(cursors),
+            fetched_at=time.monotonic(),
+        )
 
     @staticmethod
     def _cut_short(cursors: list[Cursor]) -> bool:
@@ -324,32 +334,34 @@ class Flusher:
         """Entries after the cursor, up to the limits, and on to the end of an append's batch."""
         assert cursor.backlog is not None
         owned, before = cursor.owned, cursor.fetched
-        entries: list[tuple[bytes, bytes, bytes]] = []
+        entries: list[RawEntry] = []
         at = before
         taken = 0
         while taken < nbytes and len(entries) < turns:
-            count = fetch_count(turns - len(entries), nbytes - taken, cursor.backlog.turns, cursor.backlog.bytes)
+            count = fetch_count(
+                turns - len(entries), nbytes - taken, cursor.backlog.turns, cursor.backlog.bytes
+            )
             chunk = await self._shards.fetch(owned.shard, owned.path_epoch, at, min(count, _FETCH_CHUNK))
             if not chunk:
                 break
             entries += chunk
             taken += sum(len(d) for _, _, d in chunk)
             at = int(chunk[-1][0].split(b"-")[1])
-        while entries and entries[-1][1].endswith(b"/+"):
+        while entries and batch_continues(entries[-1][1]):
             chunk = await self._shards.fetch(owned.shard, owned.path_epoch, at, 1)
             entries += chunk
             at = int(chunk[-1][0].split(b"-")[1])
         if not entries:
             return None
         try:
-            records, sizes = decode(entries)
+            decoded = decode(entries)
         except UnknownRecordFormat as error:
             cursor.held_because = str(error)
             self._metrics["flush_failures_total"].labels(reason="format").inc()
-            _log.error("shard %d is held, a newer release wrote to it: %s", owned.shard, error)  # noqa: TRY400
+            _log.error("shard %d is held, a newer release wrote to it: %s", owned.shard, error)
             return None
         cursor.fetched = at
-        return ShardBatch(owned, before, cursor.committed, records, sizes)
+        return ShardBatch(owned, before, cursor.committed, decoded)
 
     async def _commit(self, batch: Batch) -> None:
         if batch.fresh:
@@ -375,7 +387,9 @@ class Flusher:
             if cursor is not None:
                 cursor.waiting_since = None
             if mark < part.through:
-                raise Unavailable(f"shard {part.owned.shard}: Redis went back to {pack(part.owned.path_epoch, mark)}")
+                raise Unavailable(
+                    f"shard {part.owned.shard}: Redis went back to {pack(part.owned.path_epoch, mark)}"
+                )
             await self._shards.rotate(
                 part.owned.shard, part.owned.path_epoch, self._settings.idempotency_window_seconds
             )

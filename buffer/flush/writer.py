@@ -14,6 +14,8 @@ from buffer.faults import crash_halfway
 from buffer.flush.batch import Batch
 from buffer.metrics import Metrics
 from buffer.model.codec import equal_as_json
+from buffer.model.ids import conversation_key
+from buffer.model.record import decode_entry
 from buffer.store import items
 from buffer.store.items import DeadLetter, NewConversation, Row
 from buffer.store.pool import Connection, Database, DuplicateRows, StoreRefused
@@ -39,7 +41,7 @@ class Writer:
         self._flusher = flusher
         self._lease_seconds = lease_seconds
         self._metrics = metrics
-        self._known: OrderedDict[tuple[str, str], str | None] = OrderedDict()
+        self._known: OrderedDict[bytes, bool] = OrderedDict()  # key to: has a user
 
     async def write(self, batch: Batch) -> None:
         """Commit the batch, whole.
@@ -49,30 +51,24 @@ class Writer:
             PostgresUnavailable: try again; it may be committed all the same, the mark tells.
             BadRows, StoreRefused: nothing was written.
         """
-        rows, cuts = batch.rows()
         new = self._new_conversations(batch)
         letters: list[DeadLetter] = []
         try:
             async with self._database.transaction() as connection:
-                await items.copy_rows(connection, crash_halfway("flush.mid_copy", rows))
-                await self._finish(connection, batch, cuts, new)
+                rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
+                await items.copy_encoded(connection, rows)
+                await self._finish(connection, batch, new)
         except DuplicateRows:
             # A COPY is all or nothing: write the batch again, leaving out what is there.
             async with self._database.transaction() as connection:
-                letters = await self._insert_one_by_one(connection, rows)
-                await self._finish(connection, batch, cuts, new)
+                letters = await self._insert_one_by_one(connection, batch.rows())
+                await self._finish(connection, batch, new)
         if letters:
             self._metrics["dead_lettered_turns_total"].inc(len(letters))
         self._remember(new)
 
-    async def _finish(
-        self,
-        connection: Connection,
-        batch: Batch,
-        cuts: Sequence[items.Cut],
-        new: Sequence[NewConversation],
-    ) -> None:
-        if cuts:
+    async def _finish(self, connection: Connection, batch: Batch, new: Sequence[NewConversation]) -> None:
+        if cuts := batch.cuts():
             await items.remove_between(connection, cuts)
         if new:
             await items.add_conversations(connection, new)
@@ -100,10 +96,17 @@ class Writer:
             if data is not None and equal_as_json(row.data, data):
                 self._metrics["repeated_turns_total"].inc()
                 continue
-            reason = "the id belongs to a removed item" if data is None else "the id is stored with another body"
+            reason = (
+                "the id belongs to a removed item" if data is None else "the id is stored with another body"
+            )
             letters.append(
                 DeadLetter(
-                    row.tenant, row.conversation, row.item_id, row.position, row.data.encode(), f"{reason} (position {position})"
+                    row.tenant,
+                    row.conversation,
+                    row.item_id,
+                    row.position,
+                    row.data.encode(),
+                    f"{reason} (position {position})",
                 )
             )
         if letters:
@@ -112,20 +115,23 @@ class Writer:
 
     def _new_conversations(self, batch: Batch) -> list[NewConversation]:
         """Conversations that may have no row yet, or whose user was not known before."""
-        found: dict[tuple[str, str], NewConversation] = {}
-        for row_owner in batch.parts:
-            for record in row_owner.fresh():
-                key = (record.tenant, record.conversation)
-                seen = found.get(key)
-                if seen is None and key in self._known and (record.user is None or self._known[key] is not None):
+        found: dict[bytes, NewConversation] = {}
+        known = self._known
+        for part in batch.parts:
+            for entry in part.fresh():
+                key, user = entry.conversation_key, entry.parts[5]
+                if key in known and (not user or known[key]):
                     continue
-                if seen is None or (seen.user is None and record.user is not None):
+                seen = found.get(key)
+                if seen is None or (seen.user is None and user):
+                    record = decode_entry(*entry.raw)
                     created_at = seen.created_at if seen else record.created_at
-                    found[key] = NewConversation(*key, record.user, created_at)
+                    found[key] = NewConversation(record.tenant, record.conversation, record.user, created_at)
         return list(found.values())
 
     def _remember(self, new: Sequence[NewConversation]) -> None:
         for conversation in new:
-            self._known[conversation.tenant, conversation.conversation] = conversation.user
+            key = conversation_key(conversation.tenant, conversation.conversation).encode()
+            self._known[key] = conversation.user is not None
         while len(self._known) > _KNOWN_CONVERSATIONS:
             self._known.popitem(last=False)

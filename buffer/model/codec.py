@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +20,12 @@ from buffer.errors import InvalidRequest, TooLarge
 
 # Deeper items are refused: readers in other languages stop at about this depth, and parsers recurse.
 MAX_ITEM_DEPTH = 100
+# Longer integers are refused: Python's own JSON reader stops there.
+MAX_INTEGER_DIGITS = 4_300
+
+_INTEGER_BOUND = 10**MAX_INTEGER_DIGITS
+# Two halves that stand side by side come back from JSON as the one character that they make.
+_SPLIT_CHARACTER = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 _encode = msgspec.json.Encoder().encode
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode
@@ -31,9 +39,9 @@ def encode_item(item: object, param: str, max_bytes: int) -> bytes:
         InvalidRequest: not a JSON object, a value that JSON cannot hold, or nested too deeply.
         TooLarge: longer than ``max_bytes``.
     """
-    if not isinstance(item, Mapping):
-        raise InvalidRequest(f"{param} must be a JSON object, not {type(item).__name__}", param=param)
-    if not isinstance(item, dict):
+    if type(item) is not dict:
+        if not isinstance(item, Mapping):
+            raise InvalidRequest(f"{param} must be a JSON object, not {type(item).__name__}", param=param)
         item = dict(item)
     try:
         payload = _encode(item)
@@ -56,19 +64,14 @@ def _encode_exact(item: dict[str, Any], param: str) -> bytes:
     return json.dumps(item, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _check_depth(item: object, param: str) -> None:
-    level = [item]
-    for _ in range(MAX_ITEM_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list | tuple)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    if any(isinstance(value, dict | list | tuple) for value in level):
+def _check_depth(value: object, param: str, levels_left: int = MAX_ITEM_DEPTH) -> None:
+    # Depth first: a list that holds itself twice is refused after 100 steps, not after 2^100.
+    if not isinstance(value, dict | list | tuple):
+        return
+    if not levels_left:
         raise TooLarge(f"{param} is nested more than {MAX_ITEM_DEPTH} levels deep, the limit", param=param)
+    for child in value.values() if isinstance(value, dict) else value:
+        _check_depth(child, param, levels_left - 1)
 
 
 def _check_values(value: object, param: str) -> None:
@@ -77,15 +80,31 @@ def _check_values(value: object, param: str) -> None:
         for key, child in value.items():
             if not isinstance(key, str):
                 raise InvalidRequest(f"{param} has a key that is not a string: {key!r}", param=param)
+            _check_text(key, f"a key of {param}", param)
             _check_values(child, f"{param}.{key}")
     elif isinstance(value, list | tuple):
         for index, child in enumerate(value):
             _check_values(child, f"{param}[{index}]")
-    elif isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):  # noqa: PLR0124 - NaN differs from itself
-            raise InvalidRequest(f"{param} is {value!r}, which JSON cannot hold", param=param)
-    elif value is not None and not isinstance(value, str | int):
+    elif isinstance(value, str):
+        _check_text(value, param, param)
+    elif isinstance(value, int | float):
+        _check_number(value, param)
+    elif value is not None:
         raise InvalidRequest(f"{param} is a {type(value).__name__}, which JSON cannot hold", param=param)
+
+
+def _check_text(text: str, what: str, param: str) -> None:
+    if _SPLIT_CHARACTER.search(text):
+        raise InvalidRequest(
+            f"{what} holds a surrogate pair, which JSON cannot tell from the one character", param=param
+        )
+
+
+def _check_number(value: float, param: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRequest(f"{param} is {value!r}, which JSON cannot hold", param=param)
+    if isinstance(value, int) and not -_INTEGER_BOUND < value < _INTEGER_BOUND:
+        raise TooLarge(f"{param} has more than {MAX_INTEGER_DIGITS} digits, the limit", param=param)
 
 
 def decode_item(payload: bytes | str) -> Any:
@@ -104,8 +123,15 @@ def body_digest(item: object, payload: bytes) -> bytes:
     try:
         canonical = _encode_sorted(item)
     except (TypeError, ValueError, msgspec.MsgspecError):
-        canonical = json.dumps(json.loads(payload), sort_keys=True, separators=(",", ":")).encode()
+        canonical = _canonical(decode_item(payload))
     return hashlib.blake2b(canonical, digest_size=8).digest()
+
+
+def _canonical(value: object) -> bytes:
+    try:
+        return _encode_sorted(value)  # the item held a subclass of str or float, or was a Mapping
+    except ValueError:
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def equal_as_json(one: bytes | str, other: bytes | str) -> bool:

@@ -6,11 +6,11 @@ Because ``/`` is excluded, joining ids with it can never make two different tupl
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
 from zlib import crc32
 
@@ -20,6 +20,9 @@ MAX_ID_CHARACTERS = 200
 
 # Control characters (C0, DEL, C1), the separator, and surrogates, which have no UTF-8 form.
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f/\ud800-\udfff]")
+
+_UUID7_SET = 0x7000 << 64 | 0x8000 << 48
+_UUID7_KEEP = ((1 << 128) - 1) ^ (0xF000 << 64 | 0xC000 << 48)
 
 # The prefixes that OpenAI gives its ids, so that an item of ours is accepted back as model input.
 _ITEM_PREFIXES = {
@@ -37,9 +40,7 @@ def check_id(value: object, param: str) -> str:
     if not value or value in {".", ".."}:
         raise InvalidRequest(f"{param} must not be empty, '.' or '..'", param=param)
     if len(value) > MAX_ID_CHARACTERS:
-        raise TooLarge(
-            f"{param} has {len(value)} characters; the limit is {MAX_ID_CHARACTERS}", param=param
-        )
+        raise TooLarge(f"{param} has {len(value)} characters; the limit is {MAX_ID_CHARACTERS}", param=param)
     if _FORBIDDEN.search(value):
         raise InvalidRequest(
             f"{param} holds a control character, a lone surrogate or '/', which ids must not", param=param
@@ -47,12 +48,24 @@ def check_id(value: object, param: str) -> str:
     return value
 
 
+_random: list[bytes] = []  # fetched from the system many at a time
+# A forked child must not hand out the ids that its parent is about to hand out.
+os.register_at_fork(after_in_child=_random.clear)
+
+
+def _random_80_bits() -> int:
+    try:
+        return int.from_bytes(_random.pop(), "big")
+    except IndexError:
+        pool = os.urandom(10 * 256)
+        _random.extend(pool[at : at + 10] for at in range(0, len(pool), 10))
+        return _random_80_bits()
+
+
 def uuid7_hex() -> str:
-    """32 hex digits of a UUIDv7 (RFC 9562): 48 bits of milliseconds, then random bits."""
-    value = int.from_bytes(os.urandom(10), "big") | (time.time_ns() // 1_000_000) << 80
-    value = value & ~(0xF000 << 64) | 0x7000 << 64
-    value = value & ~(0xC000 << 48) | 0x8000 << 48
-    return f"{value:032x}"
+    """32 hex digits of a UUIDv7 (RFC 9562): 48 bits of milliseconds, version, variant, random bits."""
+    value = (time.time_ns() // 1_000_000 & 0xFFFF_FFFF_FFFF) << 80 | _random_80_bits()
+    return "%032x" % (value & _UUID7_KEEP | _UUID7_SET)
 
 
 def make_item_id(item: Mapping[str, Any]) -> str:
@@ -69,7 +82,7 @@ def make_conversation_id() -> str:
 
 def derive_item_id(conversation: str, ordinal: int) -> str:
     """The id of an imported item without one: the same file always derives the same ids."""
-    digest = hashlib.blake2b(f"{conversation}/{ordinal}".encode(), digest_size=16).hexdigest()
+    digest = blake2b(f"{conversation}/{ordinal}".encode(), digest_size=16).hexdigest()
     return f"item_{digest}"
 
 
@@ -85,4 +98,4 @@ def shard_of(conversation_key: str, shards: int) -> int:
 
 def id_digest(conversation_key: str, item_id: str) -> bytes:
     """16 bytes that stand for (tenant, conversation, item id) in a shard's idempotency window."""
-    return hashlib.blake2b(f"{conversation_key}/{item_id}".encode(), digest_size=16).digest()
+    return blake2b(f"{conversation_key}/{item_id}".encode(), digest_size=16).digest()

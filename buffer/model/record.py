@@ -3,7 +3,9 @@
 An entry has two fields. ``d`` is the item's JSON, which Redis never looks into. ``h`` is a header that
 a person can read in ``XRANGE``; ids cannot hold ``/``, so it splits without escapes::
 
-    1/i/acme/c7/m-91/u42/1732368000123/1099511627775/+
+    1/i/acme/c7/m-91/u42/1732368000123/1099511627775/+/41
+    │ │ │    │  │    │   │             │             │ └ the conversation's unflushed entry before it,
+    │ │ │    │  │    │   │             │             │   its number in the shard, or empty; added by Redis
     │ │ │    │  │    │   │             │             └ "+": the batch goes on with the next entry
     │ │ │    │  │    │   │             └ items after this position are removed (replace_after), or empty
     │ │ │    │  │    │   └ accepted at, Unix milliseconds, by the accepting process's clock
@@ -19,11 +21,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from buffer.model.position import MAX_POSITION
+
 FORMAT_VERSION = "1"
 KIND_ITEM = "i"
 
+_LAST_MS = 253_402_300_799_999  # the end of the year 9999, and of datetime
 
-class UnknownRecordFormat(ValueError):  # noqa: N818 - says what was met, not that we erred
+
+class UnknownRecordFormat(ValueError):
     """A header of a newer format version, or one that is damaged."""
 
 
@@ -61,10 +67,10 @@ def encode_header(
     *,
     batch_continues: bool,
 ) -> bytes:
-    """The ``h`` field of an item's entry."""
+    """The ``h`` field of an item's entry, without the last part, which the append script adds."""
     cut = "" if replace_after is None else replace_after
     more = "+" if batch_continues else ""
-    return f"1/i/{conversation_key}/{item_id}/{user or ''}/{created_ms}/{cut}/{more}".encode()
+    return f"1/i/{conversation_key}/{item_id}/{user or ''}/{created_ms}/{cut}/{more}/".encode()
 
 
 def decode_entry(entry_id: bytes, header: bytes, data: bytes) -> Record:
@@ -73,18 +79,45 @@ def decode_entry(entry_id: bytes, header: bytes, data: bytes) -> Record:
     Raises:
         UnknownRecordFormat: a newer format version, or not a header of ours.
     """
-    parts = header.decode().split("/")
-    if parts[0] != FORMAT_VERSION or len(parts) != 9 or parts[1] != KIND_ITEM:
-        raise UnknownRecordFormat(f"record {entry_id.decode()} has header {header[:80]!r}")
-    _, _, tenant, conversation, item_id, user, created_ms, cut, more = parts
+    try:
+        version, kind, *ids, user, created, cut, more, before = header.decode().split("/")
+        tenant, conversation, item_id = ids
+        created_ms, replace_after = int(created), int(cut) if cut else None
+    except ValueError:
+        raise _unknown(entry_id, header) from None
+    known = version == FORMAT_VERSION and kind == KIND_ITEM and more in {"", "+"}
+    whole = tenant and conversation and item_id and (before.isdigit() or not before)
+    if not (known and whole and 0 <= created_ms <= _LAST_MS and 0 <= (replace_after or 0) <= MAX_POSITION):
+        raise _unknown(entry_id, header)
     return Record(
         int(entry_id[entry_id.index(b"-") + 1 :]),
         tenant,
         conversation,
         item_id,
         user or None,
-        int(created_ms),
-        int(cut) if cut else None,
+        created_ms,
+        replace_after,
         more == "+",
         data,
     )
+
+
+def split_header(raw: tuple[bytes, bytes, bytes]) -> list[bytes]:
+    """The parts of a raw entry's header, checked for format and kind only.
+
+    Raises:
+        UnknownRecordFormat: a newer format version, or not a header of ours.
+    """
+    parts = raw[1].split(b"/")
+    if len(parts) != 10 or parts[0] != b"1" or parts[1] != b"i" or not parts[6].isdigit():
+        raise _unknown(raw[0], raw[1])
+    return parts
+
+
+def _unknown(entry_id: bytes, header: bytes) -> UnknownRecordFormat:
+    return UnknownRecordFormat(f"record {entry_id.decode()} has header {header[:80]!r}")
+
+
+def batch_continues(header: bytes) -> bool:
+    """Whether the next entry belongs to the same append."""
+    return header.rpartition(b"/")[0].endswith(b"/+")

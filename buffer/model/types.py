@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+import msgspec
+
 Level = Literal["buffered", "replicated", "stored"]
 Path = Literal["stream", "direct"]
 
 
-@dataclass(slots=True, frozen=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """Proof of an append.
 
     ``level`` is the durability that was reached, never one that was only asked for. ``duplicate`` says

@@ -13,7 +13,7 @@ still meet itself when a repeat came after the idempotency window: the first one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,3 +55,31 @@ def unflushed(pending: Sequence[Pending], flushed_through: int) -> list[Pending]
     """The tail entries that Postgres does not have, without those that later ones remove."""
     removed = removals(pending)
     return [p for p in pending if p.position > flushed_through and visible(p.position, removed)]
+
+
+def between(pending: Sequence[Pending], after: int, before: int) -> list[Pending]:
+    """The tail entries between two positions, both excluded."""
+    return [p for p in pending if after < p.position < before]
+
+
+def new_in_tail(pending: Sequence[Pending], flushed_through: int, known: Container[str]) -> list[Pending]:
+    """What the tail adds to what Postgres has; ``known`` are those of its ids that are stored already."""
+    return [p for p in unflushed(pending, flushed_through) if p.item_id not in known]
+
+
+def newest_page(stored: Sequence[_T], new: Sequence[_T], limit: int) -> tuple[list[_T], bool]:
+    """The newest ``limit`` of stored and new items, all oldest first; and whether there are older ones.
+
+    ``stored`` holds at least the newest ``limit + 1`` that there are.
+    """
+    merged = [*stored, *new]
+    return merged[-limit:], len(merged) > limit
+
+
+def oldest_page(stored: Sequence[_T], new: Sequence[_T], limit: int) -> tuple[list[_T], bool]:
+    """The oldest ``limit`` of stored and new items, oldest first; and whether there are newer ones.
+
+    ``stored`` holds at least the oldest ``limit + 1`` that there are.
+    """
+    merged = [*stored, *new]
+    return merged[:limit], len(merged) > limit

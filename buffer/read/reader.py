@@ -7,7 +7,7 @@ tells which one counts. The other way round it could be seen in neither.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,16 @@ from buffer.model.position import MAX_POSITION, pack
 from buffer.model.record import Record
 from buffer.model.types import Item
 from buffer.path import Path
-from buffer.policy.merge import Pending, removals, unflushed, visible
+from buffer.policy.merge import (
+    Pending,
+    between,
+    new_in_tail,
+    newest_page,
+    oldest_page,
+    removals,
+    unflushed,
+    visible,
+)
 from buffer.store.items import ItemReader, Slice, StoredItem, Unflushed, Where
 from buffer.stream.shards import Refused, Shards
 
@@ -93,24 +102,24 @@ class Reader:
         began = time.perf_counter()
         wanted = limit + 1  # one more tells whether there are more
         tail = await self._tail(where, enough=wanted)
-        kept = _inside(unflushed(tail.pending, 0), where)
+        kept = _counting(tail, where)
         if len(kept) >= wanted:  # the picture of the tail alone is the newest part of one prefix
             self._observe("tail", began)
             return [_from_tail(tail, p) for p in kept[-limit:]], True
         stored = await self._items.newest(where, wanted, tail.for_store())
-        merged = [_from_store(row) for row in reversed(stored.items)] + _new_in_tail(tail, stored, where)
+        older = [_from_store(row) for row in reversed(stored.items)]
+        newer = _new_in_tail(tail, stored, where)
         self._observe("merged", began)
-        return merged[-limit:], len(merged) > limit
+        return newest_page(older, newer, limit)
 
     async def _oldest(self, where: Where, limit: int) -> tuple[list[Item], bool]:
         began = time.perf_counter()
         tail = await self._tail(where, enough=None)
         stored = await self._items.oldest(where, limit + 1, tail.for_store())
-        merged = [_from_store(row) for row in stored.items]
-        if len(merged) <= limit:
-            merged += _new_in_tail(tail, stored, where)
+        older = [_from_store(row) for row in stored.items]
+        newer = _new_in_tail(tail, stored, where) if len(older) <= limit else []
         self._observe("merged", began)
-        return merged[:limit], len(merged) > limit
+        return oldest_page(older, newer, limit)
 
     async def _tail(self, where: Where, *, enough: int | None) -> _Tail:
         """The newest unflushed records until ``enough`` of them count, or all.
@@ -121,17 +130,17 @@ class Reader:
         key = conversation_key(where.tenant, where.conversation)
         epoch = self._path.epochs[where.shard]
         tail = _Tail({}, [])
-        before: int | None = None
+        older_from: int | None = None
         while True:
-            chunk = await self._shards.tail(where.shard, epoch, key, _TAIL_CHUNK, before)
+            chunk = await self._shards.tail(where.shard, epoch, key, _TAIL_CHUNK, older_from)
             older = [Pending(pack(epoch, r.sequence), r.item_id, r.replace_after) for r in chunk.records]
             tail.records.update(zip((p.position for p in older), chunk.records, strict=True))
             tail.pending = older + tail.pending
-            if not chunk.more:
+            if chunk.older is None:
                 return tail
-            if enough is not None and len(_inside(unflushed(tail.pending, 0), where)) >= enough:
+            if enough is not None and len(_counting(tail, where)) >= enough:
                 return tail
-            before = chunk.records[0].sequence
+            older_from = chunk.older
 
     async def _again_if_refused(self, read: Callable[[], Awaitable[_T]]) -> _T:
         for _ in range(_ATTEMPTS - 1):
@@ -145,14 +154,15 @@ class Reader:
         self._metrics["read_duration_seconds"].labels(source=source).observe(time.perf_counter() - began)
 
 
-def _inside(pending: Sequence[Pending], where: Where) -> list[Pending]:
-    return [p for p in pending if where.after < p.position < where.before]
+def _counting(tail: _Tail, where: Where) -> list[Pending]:
+    """What of the tail alone belongs to the answer."""
+    return between(unflushed(tail.pending, 0), where.after, where.before)
 
 
 def _new_in_tail(tail: _Tail, stored: Slice, where: Where) -> list[Item]:
     """What the tail adds to what Postgres has."""
-    new = _inside(unflushed(tail.pending, stored.flushed_through), where)
-    return [_from_tail(tail, p) for p in new if p.item_id not in stored.known]
+    new = new_in_tail(tail.pending, stored.flushed_through, stored.known)
+    return [_from_tail(tail, p) for p in between(new, where.after, where.before)]
 
 
 def _from_store(row: StoredItem) -> Item:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
 from buffer.policy.merge import Removal
-from buffer.store import queries
+from buffer.store import copy_format, queries
 from buffer.store.pool import Connection, Database, translated
 
 _SQL = queries.load("items")
 _COLUMNS = ("tenant", "conversation", "position", "item_id", "created_at", "data")
+_COPY_CHUNK_BYTES = 128 << 10
 
 
 class Row(NamedTuple):
@@ -142,7 +144,9 @@ class ItemReader:
     async def position_of(self, tenant: str, conversation: str, item_id: str) -> int | None:
         """Where an item stands in Postgres."""
         async with self._database.connection() as connection:
-            position: int | None = await connection.fetchval(_SQL["position_of"], tenant, conversation, item_id)
+            position: int | None = await connection.fetchval(
+                _SQL["position_of"], tenant, conversation, item_id
+            )
         return position
 
 
@@ -150,6 +154,27 @@ async def copy_rows(connection: Connection, rows: Iterable[Row]) -> None:
     """The fast path: all rows or an error (`DuplicateRows` where an id is taken)."""
     with translated():
         await connection.copy_records_to_table("items", schema_name="buffer", columns=_COLUMNS, records=rows)
+
+
+async def copy_encoded(connection: Connection, rows: Iterable[bytes]) -> None:
+    """The same for rows that are encoded already, see `buffer.store.copy_format`."""
+    with translated():
+        await connection.copy_to_table(
+            "items", schema_name="buffer", columns=_COLUMNS, source=_chunks(rows), format="binary"
+        )
+
+
+async def _chunks(rows: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """Pieces of a size that one send takes; between them the event loop gets its turn."""
+    piece = bytearray(copy_format.HEADER)
+    for row in rows:
+        piece += row
+        if len(piece) >= _COPY_CHUNK_BYTES:
+            yield bytes(piece)
+            piece.clear()
+            await asyncio.sleep(0)
+    piece += copy_format.TRAILER
+    yield bytes(piece)
 
 
 async def insert_new(connection: Connection, rows: Sequence[Row]) -> set[tuple[str, str, int]]:

@@ -101,7 +101,9 @@ class Database:
         if self.on_query is not None:
             self.on_query()
         with translated():
-            async with self._pool.acquire(timeout=min(5.0, self._settings.postgres_timeout_seconds)) as connection:
+            async with self._pool.acquire(
+                timeout=min(5.0, self._settings.postgres_timeout_seconds)
+            ) as connection:
                 yield connection
 
     @asynccontextmanager

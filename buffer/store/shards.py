@@ -103,7 +103,9 @@ class ShardStore:
         return epoch
 
 
-async def advance(connection: Connection, flusher: str, lease_seconds: float, moves: Sequence[Advance]) -> set[int]:
+async def advance(
+    connection: Connection, flusher: str, lease_seconds: float, moves: Sequence[Advance]
+) -> set[int]:
     """The fence: move the marks of shards that are still ours; those that were."""
     with translated():
         rows = await connection.fetch(_SQL["advance"], flusher, lease_seconds, *zip(*moves, strict=True))

@@ -44,7 +44,7 @@ class RedisClient:
             raise SettingsError(f"BUFFER_REDIS_URL: {error}") from error
 
     def _make_connection(self) -> AbstractConnection:
-        connection: AbstractConnection = self._pool.make_connection()
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         return connection
 
     def link(self, *, timeout_seconds: float | None = None) -> Link:

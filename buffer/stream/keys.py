@@ -6,35 +6,29 @@ from __future__ import annotations
 class ShardKeys:
     """Names of one shard's keys, as bytes.
 
-    ===============================  ======  ====================================================
-    key                              type    holds
-    ===============================  ======  ====================================================
-    ``buffer:{3}:stream``            stream  every unflushed item, once, in order
-    ``buffer:{3}:state``             hash    the grant's epoch, flushed-through mark, bytes
-    ``buffer:{3}:ids`` ``.old``      hash    idempotency window: id digest to body digest + sequence
-    ``buffer:{3}:tail:acme/c7``      list    sequences of a conversation's unflushed items
-    ``buffer:{3}:lease:acme/c7``     string  token of whoever looks the conversation up in Postgres
-    ===============================  ======  ====================================================
+    =========================  ======  =============================================================
+    key                        type    holds
+    =========================  ======  =============================================================
+    ``buffer:{3}:stream``      stream  every unflushed item, once, in order; each entry names the one
+                                       before it in its conversation
+    ``buffer:{3}:shard``       hash    the grant's ``epoch``, the flushed-through ``mark``, ``bytes``;
+                                       and for each ``tenant/conversation`` its last unflushed entry
+    ``buffer:{3}:ids`` .old    hash    idempotency window: id digest to body digest and sequence
+    ``buffer:{3}:leases``      hash    who looks a conversation up in Postgres
+    =========================  ======  =============================================================
 
-    None but the lease has a TTL: an eviction policy of ``volatile-*`` cannot touch them.
+    None has a TTL: an eviction policy of ``volatile-*`` cannot touch them.
     """
 
-    __slots__ = ("_prefix", "ids", "ids_old", "state", "stream")
+    __slots__ = ("ids", "ids_old", "leases", "shard", "stream")
 
     def __init__(self, prefix: str, shard: int) -> None:
-        self._prefix = f"{prefix}:{{{shard}}}:".encode()
-        self.stream = self._prefix + b"stream"
-        self.state = self._prefix + b"state"
-        self.ids = self._prefix + b"ids"
-        self.ids_old = self._prefix + b"ids.old"
-
-    def tail(self, conversation_key: str) -> bytes:
-        """The conversation's list of unflushed sequences."""
-        return self._prefix + b"tail:" + conversation_key.encode()
-
-    def lease(self, conversation_key: str) -> bytes:
-        """The conversation's look-up lease."""
-        return self._prefix + b"lease:" + conversation_key.encode()
+        tag = f"{prefix}:{{{shard}}}:".encode()
+        self.stream = tag + b"stream"
+        self.shard = tag + b"shard"
+        self.ids = tag + b"ids"
+        self.ids_old = tag + b"ids.old"
+        self.leases = tag + b"leases"
 
 
 def channel(prefix: str, name: str) -> bytes:

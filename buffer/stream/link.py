@@ -1,15 +1,12 @@
-"""One connection to one Redis node, used one round trip at a time, and calls that share it.
+"""One connection to one Redis node, and calls that share it.
 
-A `Link` sends many commands at once and reads their replies in order; it has a time limit of its own
-around the whole round trip (per-command time-outs inside the driver cost 25 to 45 % of a small batch).
-After any failure the connection is dropped: what was sent may or may not have run, and nobody must
+A `Link` sends many commands at once and reads their replies in order, under time limits of its own. After any failure the connection is dropped: what was sent may or may not have run, and nobody must
 ever read a reply that belongs to somebody else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from buffer.errors import RedisUnavailable
+from buffer.policy.backoff import full_jitter
 from buffer.stream.scripts import Script
 
 # A command is what goes over the wire, or a script call that is spelled out when the link sends it.
@@ -36,26 +34,21 @@ class LinkLost(RedisUnavailable):
 
 
 def script_call(script: Script, keys: Sequence[bytes], args: Sequence[bytes]) -> Command:
-    """A call of ``script`` by its SHA; the link falls back to its text where Redis does not know it."""
+    """A call of ``script``; the link sends its text once a connection, and its SHA from then on."""
     return (script, keys, args)
 
 
-def _words(command: Command, *, full_text: bool = False) -> tuple[Any, ...]:
-    head = command[0]
-    if not isinstance(head, Script):
-        return command
-    _, keys, args = command
-    verb = (b"EVAL", head.source) if full_text else (b"EVALSHA", head.sha)
-    return (*verb, b"%d" % len(keys), *keys, *args)
-
-
 class Link:
-    """A connection and the discipline around it. Not safe for concurrent use: one owner, one task."""
+    """A connection and the discipline around it: batches of commands go out and come back in order.
+
+    One task may send while another one receives; two senders or two receivers at a time may not be.
+    """
 
     def __init__(self, make_connection: Callable[[], AbstractConnection], timeout_seconds: float) -> None:
         self._make_connection = make_connection
         self._timeout_seconds = timeout_seconds
         self._connection: AbstractConnection | None = None
+        self._loaded: set[bytes] = set()
         self._failures = 0
 
     async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
@@ -64,56 +57,88 @@ class Link:
         Raises:
             LinkLost: no connection, or it broke or timed out on the way.
         """
+        await self.send(commands)
+        return [await self.receive() for _ in commands]
+
+    async def send(self, commands: Sequence[Command]) -> None:
+        """Put the commands on the wire, connecting if need be.
+
+        Raises:
+            LinkLost: ``sent`` is False if no connection could be made.
+        """
         sent = False
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 connection = self._connection
                 if connection is None or not connection.is_connected:
                     connection = await self._connect()
+                packed = [hiredis.pack_command(self._words(command)) for command in commands]
                 sent = True
-                replies = await self._exchange(connection, [_words(c) for c in commands])
-                unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-                if unknown:
-                    again = [_words(commands[i], full_text=True) for i in unknown]
-                    for i, reply in zip(unknown, await self._exchange(connection, again), strict=True):
-                        replies[i] = reply
+                await connection.send_packed_command(packed, check_health=False)
         except (RedisError, OSError, TimeoutError, EOFError) as error:
+            raise await self._lost(self._connection, error, sent=sent) from error
+        except BaseException:
             await self.close()
-            self._failures += 1
-            raise LinkLost(f"Redis: {error or type(error).__name__}", sent=sent) from error
+            raise
+
+    async def receive(self) -> Any:
+        """The next reply; an error reply is returned as a `ResponseError`.
+
+        Raises:
+            LinkLost: the connection broke or was silent for too long.
+        """
+        connection = self._connection
+        if connection is None:
+            raise LinkLost("Redis: the connection is gone", sent=True)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                reply = await connection.read_response(disable_decoding=True)
+        except NoScriptError as error:
+            self._loaded.clear()  # somebody flushed the scripts; the next call brings the text along
+            return error
+        except ResponseError as error:
+            return error
+        except (RedisError, OSError, TimeoutError, EOFError) as error:
+            raise await self._lost(connection, error, sent=True) from error
         except BaseException:
             await self.close()
             raise
         self._failures = 0
-        return replies
+        return reply
+
+    def _words(self, command: Command) -> tuple[Any, ...]:
+        script = command[0]
+        if not isinstance(script, Script):
+            return command
+        _, keys, args = command
+        if script.sha in self._loaded:
+            return (b"EVALSHA", script.sha, b"%d" % len(keys), *keys, *args)
+        self._loaded.add(script.sha)
+        return (b"EVAL", script.source, b"%d" % len(keys), *keys, *args)
 
     async def _connect(self) -> AbstractConnection:
         await self.close()
         connection = self._make_connection()
-        await connection.connect()
+        await connection.connect()  # type: ignore[no-untyped-call]
         self._connection = connection
         return connection
 
-    @staticmethod
-    async def _exchange(connection: AbstractConnection, commands: list[tuple[Any, ...]]) -> list[Any]:
-        packed = [hiredis.pack_command(words) for words in commands]
-        await connection.send_packed_command(packed, check_health=False)
-        replies: list[Any] = []
-        for _ in commands:
-            try:
-                replies.append(await connection.read_response(disable_decoding=True))
-            except ResponseError as error:
-                replies.append(error)
-        return replies
+    async def _lost(
+        self, connection: AbstractConnection | None, error: BaseException, *, sent: bool
+    ) -> LinkLost:
+        if connection is self._connection:  # else the other direction has moved on to a new one
+            await self.close()
+        self._failures += 1
+        return LinkLost(f"Redis: {error or type(error).__name__}", sent=sent)
 
     def retry_delay(self) -> float:
         """Seconds to wait before the next attempt: exponential with full jitter, bounded."""
-        most = min(_RECONNECT_MOST_SECONDS, _RECONNECT_FIRST_SECONDS * 2 ** min(self._failures, 10))
-        return random.uniform(_RECONNECT_FIRST_SECONDS, max(_RECONNECT_FIRST_SECONDS, most))
+        return full_jitter(self._failures, _RECONNECT_FIRST_SECONDS, _RECONNECT_MOST_SECONDS)
 
     async def close(self) -> None:
-        """Drop the connection; the next round trip makes a new one."""
+        """Drop the connection; the next send makes a new one."""
         connection, self._connection = self._connection, None
+        self._loaded.clear()
         if connection is not None:
             await connection.disconnect(nowait=True)
 

@@ -65,10 +65,6 @@ class Marks:
             _log.debug("nudge of shard %d failed; its flusher will come by itself", shard)
         await future
 
-    async def wait_entries(self, shard: int, epoch: int, sequence: int) -> None:
-        """The same for an entry's number in its epoch."""
-        await self.wait(shard, pack(epoch, sequence))
-
     def _reached(self, shard: int, position: int) -> bool:
         return position <= self._through[shard] and epoch_of(position) == epoch_of(self._through[shard])
 

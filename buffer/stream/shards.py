@@ -11,6 +11,7 @@ from redis.exceptions import (
     MasterDownError,
     MovedError,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -32,7 +33,7 @@ class StreamCorrupt(BufferError):
 
 
 # Each passes by itself: a failover ends, memory is freed, replicas come back. Redis did not run the command.
-_PASSING = (OutOfMemoryError, ReadOnlyError, ClusterDownError, MasterDownError, MovedError)
+_PASSING = (ReadOnlyError, ClusterDownError, MasterDownError, MovedError, NoScriptError)
 _PASSING_PREFIXES = ("NOREPLICAS", "LOADING", "TRYAGAIN", "BUSY", "MISCONF", "UNBLOCKED")
 
 
@@ -57,6 +58,10 @@ def checked(reply: Any) -> Any:
     return reply
 
 
+# An entry as it stands in the stream: id, header, payload.
+RawEntry = tuple[bytes, bytes, bytes]
+
+
 @dataclass(slots=True, frozen=True)
 class Backlog:
     """What waits in a shard. ``epoch`` is None where Redis holds no grant; ``oldest_ms`` is Unix time."""
@@ -70,10 +75,10 @@ class Backlog:
 
 @dataclass(slots=True, frozen=True)
 class Tail:
-    """A conversation's unflushed records, in order; ``more`` if the limit cut some off."""
+    """A conversation's unflushed records, in order; ``older`` is where to go on for those before, if any."""
 
     records: list[Record]
-    more: bool
+    older: int | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -82,8 +87,8 @@ class Settlement:
 
     before: int
     after: int
-    bytes: int
-    conversations: dict[str, int]
+    nbytes: int
+    conversations: list[bytes]
 
 
 class Shards:
@@ -106,16 +111,13 @@ class Shards:
     async def grant(self, shard: int, epoch: int) -> int:
         """Open the shard for ``epoch``; the epoch in force afterwards."""
         keys = self.keys[shard]
-        (reply,) = await self._call(script_call(scripts.GRANT, (keys.stream, keys.state), (b"%d" % epoch,)))
+        (reply,) = await self._call(script_call(scripts.GRANT, (keys.stream, keys.shard), (b"%d" % epoch,)))
         return int(reply)
 
     async def peek(self, shards: Sequence[int]) -> list[Backlog]:
         """The backlog of each shard, in one round trip."""
         replies = await self._call(
-            *(
-                script_call(scripts.PEEK, (self.keys[s].stream, self.keys[s].state), ())
-                for s in shards
-            )
+            *(script_call(scripts.PEEK, (self.keys[s].stream, self.keys[s].shard), ()) for s in shards)
         )
         return [
             Backlog(
@@ -130,13 +132,15 @@ class Shards:
 
     async def marks(self, shards: Sequence[int]) -> list[tuple[int, int]]:
         """(epoch, flushed-through sequence) of each shard; (0, -1) without a grant."""
-        replies = await self._call(*((b"HMGET", self.keys[s].state, b"epoch", b"mark") for s in shards))
+        replies = await self._call(*((b"HMGET", self.keys[s].shard, b"epoch", b"mark") for s in shards))
         return [(int(epoch or 0), int(-1 if mark is None else mark)) for epoch, mark in replies]
 
-    async def fetch(self, shard: int, epoch: int, after: int, count: int) -> list[tuple[bytes, bytes, bytes]]:
+    async def fetch(self, shard: int, epoch: int, after: int, count: int) -> list[RawEntry]:
         """Up to ``count`` raw entries (id, header, payload) after sequence ``after``, oldest first."""
         start = b"-" if after < 0 else b"(%d-%d" % (epoch, after)
-        (reply,) = await self._call((b"XRANGE", self.keys[shard].stream, start, b"+", b"COUNT", b"%d" % count))
+        (reply,) = await self._call(
+            (b"XRANGE", self.keys[shard].stream, start, b"+", b"COUNT", b"%d" % count)
+        )
         return [(entry_id, fields[1], fields[3]) for entry_id, fields in reply]
 
     async def settle(self, shard: int, epoch: int, steps: Sequence[Settlement]) -> int:
@@ -144,13 +148,10 @@ class Shards:
         keys = self.keys[shard]
         commands: list[Command] = []
         for step in steps:
-            tails = [k for c in step.conversations for k in (keys.tail(c), keys.lease(c))]
-            counts = [b"%d" % n for n in step.conversations.values()]
+            marks = (b"%d" % epoch, b"%d" % step.before, b"%d" % step.after, b"%d" % step.nbytes)
             commands.append(
                 script_call(
-                    scripts.SETTLE,
-                    (keys.stream, keys.state, *tails),
-                    (b"%d" % epoch, b"%d" % step.before, b"%d" % step.after, b"%d" % step.bytes, *counts),
+                    scripts.SETTLE, (keys.stream, keys.shard, keys.leases), (*marks, *step.conversations)
                 )
             )
         *_, mark = await self._call(*commands)
@@ -163,7 +164,7 @@ class Shards:
         (reply,) = await self._call(
             script_call(
                 scripts.ROTATE,
-                (keys.stream, keys.state, keys.ids, keys.ids_old),
+                (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases),
                 (b"%d" % epoch, b"%d" % window_seconds),
             )
         )
@@ -173,29 +174,32 @@ class Shards:
         """Ask whoever flushes the shard not to wait for more."""
         await self._call((b"PUBLISH", self._nudge, b"%d" % shard))
 
-    async def lease(self, shard: int, epoch: int, conversation_key: str, token: bytes, seconds: float) -> int | None:
+    async def lease(self, shard: int, epoch: int, conversation_key: str, token: bytes) -> int | None:
         """The last unflushed sequence, or None: nothing is unflushed and the look-up lease is the caller's."""
         keys = self.keys[shard]
         (reply,) = await self._call(
             script_call(
-                scripts.LEASE,
-                (keys.state, keys.tail(conversation_key), keys.lease(conversation_key)),
-                (b"%d" % epoch, token, b"%d" % (seconds * 1000)),
+                scripts.LEASE, (keys.shard, keys.leases), (b"%d" % epoch, conversation_key.encode(), token)
             )
         )
         return int(reply) if reply else None
 
     async def tail(
-        self, shard: int, epoch: int, conversation_key: str, most: int, before: int | None = None
+        self, shard: int, epoch: int, conversation_key: str, most: int, older: int | None = None
     ) -> Tail:
-        """The newest ``most`` unflushed records; only those before sequence ``before`` if given."""
+        """The newest ``most`` unflushed records, or the next older ones from ``Tail.older``."""
         keys = self.keys[shard]
         (reply,) = await self._call(
             script_call(
                 scripts.TAIL,
-                (keys.stream, keys.state, keys.tail(conversation_key)),
-                (b"%d" % epoch, b"%d" % most, b"" if before is None else b"%d" % before),
+                (keys.stream, keys.shard),
+                (
+                    b"%d" % epoch,
+                    conversation_key.encode(),
+                    b"%d" % most,
+                    b"" if older is None else b"%d" % older,
+                ),
             )
         )
-        more, *entries = reply
-        return Tail([decode_entry(*entry) for entry in entries], more == b"1")
+        go_on, *entries = reply
+        return Tail([decode_entry(*entry) for entry in reversed(entries)], int(go_on) if go_on else None)

@@ -1,106 +1,119 @@
 #!lua
 -- Append: take operations into one shard, each whole or not at all.
 --
--- KEYS  1 stream   2 state   3 ids   4 ids.old   then tails and leases, as the operations name them
+-- KEYS  1 stream   2 shard   3 ids   4 ids.old   5 leases
 -- ARGV  1 epoch    then for each operation:
---         index of its conversation's tail in KEYS
+--         conversation, as tenant/conversation
 --         number of items
 --         expected last position: "" any; "<seq>" of this epoch; "-" none of this epoch
---         only if one is expected: index of the lease in KEYS, and the caller's token or ""
+--         only if one is expected: the caller's lease token, or ""
 --         and for each item: id digest, body digest (8 bytes), header, payload
+--         The header ends open: the sequence of the conversation's unflushed item before it is added.
 -- Reply the flushed-through sequence, then for each operation one string:
 --         "<seq>"           appended; its items are seq, seq+1, ...
 --         "d<seq>,<seq>.."  every id is known with the same body
 --         "c<i>,<i>.."      conflict: these items (1..) are known, with another body or only partly
---         "p<seq>"          the last position is another one ("p" alone: there is none of this epoch)
+--         "p<seq>"          the last position is another one
 --         "l"               nothing here knows the last position; look it up under a lease
 --
 -- Every check of an operation comes before its first write: a script has no rollback. The payload is
 -- opaque. Without the `#!lua` line Redis may let a script write past maxmemory; with it, one that
--- begins over the limit is refused whole.
+-- begins over the limit is refused whole. Commands are the cost here (1 to 3 us each, more than
+-- what they do), so all look-ups of a call are made at once, and an item costs one XADD.
 
-local state = redis.call('HMGET', KEYS[2], 'epoch', 'mark')
-if state[1] ~= ARGV[1] then
-  return redis.error_reply('REFUSED epoch ' .. (state[1] or 'none'))
-end
-local epoch = ARGV[1]
+local call, sub = redis.call, string.sub
+local A, argc, epoch = ARGV, #ARGV, ARGV[1]
 
--- Look every id up at once, in both generations of the window.
-local digests, at, argc = {}, 2, #ARGV
+-- What the call will touch: conversations, ids.
+local fields, digests = { 'epoch', 'mark', 'bytes' }, {}
+local operations, items = 3, 0
+local at = 2
 while at <= argc do
-  local n = tonumber(ARGV[at + 1])
-  at = at + (ARGV[at + 2] == '' and 3 or 5)
-  for _ = 1, n do
-    digests[#digests + 1] = ARGV[at]
-    at = at + 4
+  operations = operations + 1
+  fields[operations] = A[at]
+  local n = tonumber(A[at + 1])
+  at = at + (A[at + 2] == '' and 3 or 4)
+  for i = at, at + 4 * n - 4, 4 do
+    items = items + 1
+    digests[items] = A[i]
   end
+  at = at + 4 * n
 end
-local known = redis.call('HMGET', KEYS[3], unpack(digests))
-local older = redis.call('HMGET', KEYS[4], unpack(digests))
+local shard = call('HMGET', KEYS[2], unpack(fields))
+if shard[1] ~= epoch then
+  return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none'))
+end
+local known = call('HMGET', KEYS[3], unpack(digests))
+local older = call('HMGET', KEYS[4], unpack(digests))
 
-local reply = { state[2] }
-local fresh = {}      -- ids that this very call added
-local window = {}     -- field, value pairs for the window
-local added = 0       -- bytes
-local digest_at = 0
+local stream, star, skip = KEYS[1], epoch .. '-*', #epoch + 2
+local reply = { shard[2] }
+local fresh, tails = {}, {}          -- what this very call added: id to value, conversation to last sequence
+local window, windowed = {}, 0       -- field, value pairs to be written
+local changes, changed = { 'bytes', '' }, 2
+local bytes = tonumber(shard[3])
+local item, operation = 0, 3
 at = 2
 while at <= argc do
-  local tail, n, expected = KEYS[tonumber(ARGV[at])], tonumber(ARGV[at + 1]), ARGV[at + 2]
-  local condition = at + 3
-  local first = at + (expected == '' and 3 or 5)
-  at = first + 4 * n
+  local conversation, n, expected, token = A[at], tonumber(A[at + 1]), A[at + 2], nil
+  at = at + 3
+  if expected ~= '' then
+    token = A[at]
+    at = at + 1
+  end
+  operation = operation + 1
+  local last = tails[conversation] or shard[operation]
 
-  local seen, clash = {}, {}
-  for i = 1, n do
-    local digest = ARGV[first + 4 * (i - 1)]
-    local value = fresh[digest] or known[digest_at + i] or older[digest_at + i]
+  local seen, clash = nil, nil
+  for i = at, at + 4 * n - 4, 4 do
+    item = item + 1
+    local value = fresh[A[i]] or known[item] or older[item]
     if value then
-      if string.sub(value, 1, 8) == ARGV[first + 4 * (i - 1) + 1] then
-        seen[#seen + 1] = string.sub(value, 9)
+      if sub(value, 1, 8) == A[i + 1] then
+        seen = seen or {}
+        seen[#seen + 1] = sub(value, 9)
       else
-        clash[#clash + 1] = i
+        clash = clash or {}
+        clash[#clash + 1] = (i - at) / 4 + 1
       end
     end
   end
-  digest_at = digest_at + n
 
   local answer
-  if #clash == 0 and #seen == n then
+  if clash or (seen and #seen < n) then
+    answer = 'c' .. table.concat(clash or {}, ',')
+  elseif seen then
     answer = 'd' .. table.concat(seen, ',')
-  elseif #clash > 0 or #seen > 0 then
-    answer = 'c' .. table.concat(clash, ',')
-  elseif expected ~= '' then
-    local last = redis.call('LINDEX', tail, -1)
-    if last then
-      if last ~= expected then answer = 'p' .. last end
-    else
-      local lease, token = KEYS[tonumber(ARGV[condition])], ARGV[condition + 1]
-      if token == '' or redis.call('GET', lease) ~= token then answer = 'l' end
-    end
+  elseif expected ~= '' and last then
+    if last ~= expected then answer = 'p' .. last end
+  elseif expected ~= '' and (token == '' or call('HGET', KEYS[5], conversation) ~= token) then
+    answer = 'l'
   end
 
   if not answer then
-    local sequences = {}
-    for i = 1, n do
-      local header, payload = ARGV[first + 4 * (i - 1) + 2], ARGV[first + 4 * (i - 1) + 3]
-      local id = redis.call('XADD', KEYS[1], epoch .. '-*', 'h', header, 'd', payload)
-      local sequence = string.sub(id, #epoch + 2)
-      local digest = ARGV[first + 4 * (i - 1)]
-      local value = ARGV[first + 4 * (i - 1) + 1] .. sequence
-      sequences[i] = sequence
-      fresh[digest] = value
-      window[#window + 1] = digest
-      window[#window + 1] = value
-      added = added + #header + #payload
+    for i = at, at + 4 * n - 4, 4 do
+      local header, payload = A[i + 2] .. (last or ''), A[i + 3]
+      last = sub(call('XADD', stream, star, 'h', header, 'd', payload), skip)
+      answer = answer or last
+      local value = A[i + 1] .. last
+      fresh[A[i]] = value
+      window[windowed + 1] = A[i]
+      window[windowed + 2] = value
+      windowed = windowed + 2
+      bytes = bytes + #header + #payload
     end
-    redis.call('RPUSH', tail, unpack(sequences))
-    answer = sequences[1]
+    tails[conversation] = last
+    changes[changed + 1] = conversation
+    changes[changed + 2] = last
+    changed = changed + 2
   end
-  reply[#reply + 1] = answer
+  at = at + 4 * n
+  reply[operation - 2] = answer
 end
 
-if #window > 0 then
-  redis.call('HSET', KEYS[3], unpack(window))
-  redis.call('HINCRBY', KEYS[2], 'bytes', added)
+if windowed > 0 then
+  call('HSET', KEYS[3], unpack(window))
+  changes[2] = string.format('%.0f', bytes)
+  call('HSET', KEYS[2], unpack(changes))
 end
 return reply

@@ -1,7 +1,7 @@
 #!lua
 -- Grant: open a shard for an epoch. Every other script refuses a caller of another epoch.
 --
--- KEYS  1 stream   2 state
+-- KEYS  1 stream   2 shard
 -- ARGV  1 epoch
 -- Reply the epoch in force: this one, or a newer one that is there already
 

@@ -1,15 +1,13 @@
 #!lua
 -- Lease: the right to act on a last position that is about to be looked up in Postgres.
 --
--- KEYS  1 state   2 tail   3 lease
--- ARGV  1 epoch   2 token  3 lifetime in milliseconds
+-- KEYS  1 shard   2 leases
+-- ARGV  1 epoch   2 conversation   3 token
 -- Reply "<seq>" of the last unflushed item, or "" and the lease is the caller's. Settling an item of
 --       the conversation cancels it, so what was read from Postgres under it is still the last.
 
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-  return redis.error_reply('REFUSED epoch')
-end
-local last = redis.call('LINDEX', KEYS[2], -1)
-if last then return last end
-redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[3])
+local shard = redis.call('HMGET', KEYS[1], 'epoch', ARGV[2])
+if shard[1] ~= ARGV[1] then return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none')) end
+if shard[2] then return shard[2] end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
 return ''

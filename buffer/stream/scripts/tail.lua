@@ -1,31 +1,25 @@
 #!lua flags=no-writes
 -- Tail: the newest unflushed entries of a conversation, as one atomic picture.
 --
--- KEYS  1 stream   2 state   3 tail
--- ARGV  1 epoch    2 most entries to return   3 only entries before this sequence, or ""
--- Reply "1" if older entries remain, else "0", then the entries, oldest first, each {id, header, payload}
+-- KEYS  1 stream   2 shard
+-- ARGV  1 epoch    2 conversation   3 most entries to return   4 begin at this sequence, or "" for the last
+-- Reply the sequence at which to go on for older ones, or "", then the entries, newest first, each
+--       {id, header, payload}. Each header ends with the sequence of the conversation's entry before it;
+--       what is at or before the flushed-through mark is not unflushed any more.
 
-if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[1] then
-  return redis.error_reply('REFUSED epoch')
-end
-local count, most = redis.call('LLEN', KEYS[3]), tonumber(ARGV[2])
-if ARGV[3] ~= '' then
-  -- The tail is sorted: count the part before the bound by bisection.
-  local bound, low, high = tonumber(ARGV[3]), 0, count
-  while low < high do
-    local middle = math.floor((low + high) / 2)
-    if tonumber(redis.call('LINDEX', KEYS[3], middle)) < bound then low = middle + 1 else high = middle end
-  end
-  count = low
-end
-local first = math.max(0, count - most)
-local reply = { first > 0 and '1' or '0' }
-if count == 0 then return reply end
+local shard = redis.call('HMGET', KEYS[2], 'epoch', 'mark', ARGV[2])
+if shard[1] ~= ARGV[1] then return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none')) end
 
-for _, sequence in ipairs(redis.call('LRANGE', KEYS[3], first, count - 1)) do
+local mark, sequence = tonumber(shard[2]), ARGV[4]
+if sequence == '' then sequence = shard[3] or '' end
+local reply = { '' }
+for _ = 1, tonumber(ARGV[3]) do
+  if sequence == '' or tonumber(sequence) <= mark then return reply end
   local id = ARGV[1] .. '-' .. sequence
   local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
   if not entry then return redis.error_reply('MISSING entry ' .. id) end
   reply[#reply + 1] = { id, entry[2][2], entry[2][4] }
+  sequence = string.match(entry[2][2], '([^/]*)$')
 end
+if sequence ~= '' and tonumber(sequence) > mark then reply[1] = sequence end
 return reply
