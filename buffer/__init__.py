@@ -1,4 +1,4 @@
-"""A write-behind buffer for chat conversations: acked from Redis Streams, flushed into Postgres, never lost."""
+"""A write-behind buffer for chat conversations: acked from Redis Streams, flushed into Postgres."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def _no_settings_from_outside() -> None:
 @pytest.fixture(scope="session")
 def servers() -> Iterator[EmbeddedServers]:
     """Redis and Postgres for the whole run; database ``buffer`` is migrated and serves as template."""
-    with Held(EmbeddedServers.start()) as held:
+    # Nothing kills these servers, and each test's database is made of 300 files.
+    with Held(EmbeddedServers.start(postgres_config={"fsync": "off"})) as held:
         held.run(migrate_database(settings_for(held.value)))
         yield held.value
 

@@ -1,4 +1,4 @@
-"""The public objects: a `Buffer` of this process, and its `Conversation` s."""
+"""The public objects: a `Buffer` of this process, and its `Conversation`s."""
 
 from buffer.app.buffer import Buffer
 from buffer.app.conversation import Conversation

@@ -87,7 +87,7 @@ class Appender:
         try:
             if durability != "buffered" or if_match is not None:
                 _check_options(durability, if_match)
-            operation = self._operation(target, items, ids, if_match, replace_after, timeout)
+            operation = self._operation(target, items, ids, durability, if_match, replace_after, timeout)
             epoch, answer = await self._coalescer.submit(operation)
             while answer == b"l":
                 operation = await self._confirm_last(target, epoch, operation)
@@ -98,9 +98,6 @@ class Appender:
         except BufferError as error:
             self._metrics.append_failed(durability, error)
             raise
-        self._metrics.appends.inc(
-            ("stream", durability, "duplicate" if receipts[0].duplicate else "acked"), len(receipts)
-        )
         return receipts
 
     def _operation(
@@ -108,6 +105,7 @@ class Appender:
         target: Target,
         items: Sequence[Any],
         ids: Sequence[str | None] | None,
+        durability: Level,
         if_match: int | None,
         replace_after: int | None,
         timeout: float | None,
@@ -125,8 +123,9 @@ class Appender:
         item_ids: list[str] = []
         arguments: list[bytes] = []
         nbytes = 0
+        key, most_bytes = target.key, settings.max_item_bytes
         for index, item in enumerate(items):
-            payload = encode_item(item, _PARAMS[index], settings.max_item_bytes)
+            payload = encode_item(item, _PARAMS[index], most_bytes)
             item_id = ids[index] if ids is not None else None
             if item_id is not None or "id" in item:
                 item_id = _given_id(item, item_id, index)
@@ -135,23 +134,28 @@ class Appender:
             item_ids.append(item_id)
             nbytes += len(payload)
             cut = replace_after if index == 0 else None
-            more = index + 1 < count
-            arguments += (
-                id_digest(target.key, item_id),
-                body_digest(item, payload),
-                encode_header(target.key, item_id, target.user, now_ms, cut, batch_continues=more),
-                payload,
-            )
+            header = encode_header(key, item_id, target.user, now_ms, cut, index + 1 < count)
+            arguments += (id_digest(key, item_id), body_digest(item, payload), header, payload)
         if nbytes > settings.max_batch_bytes:
             raise TooLarge(
-                f"items are {nbytes} bytes of JSON; the limit is {settings.max_batch_bytes} (max_batch_bytes)",
+                f"items are {nbytes} bytes; the limit is {settings.max_batch_bytes} (max_batch_bytes)",
                 param="items",
             )
         if count > 1 and len(set(item_ids)) < count:
             raise InvalidRequest("two items of the batch have the same id", param="ids")
         limit = settings.append_timeout_seconds if timeout is None else timeout
+        loop = self._loop
         return Operation(
-            target.shard, target.key_bytes, item_ids, arguments, nbytes, if_match, limit, self._loop
+            target.shard,
+            target.key_bytes,
+            item_ids,
+            arguments,
+            nbytes,
+            if_match,
+            durability,
+            limit,
+            loop.time(),
+            loop.create_future(),
         )
 
     async def _confirm_last(self, target: Target, epoch: int, operation: Operation) -> Operation:
@@ -162,7 +166,7 @@ class Appender:
             last = await self._items.last_position(target.tenant, target.conversation) or 0
             if last != operation.expected:
                 raise _precondition(operation, last)
-        return operation.confirmed(token, self._loop)
+        return operation.confirmed(token)
 
     async def _stored(self, operation: Operation, receipts: list[Receipt]) -> list[Receipt]:
         seconds = operation.began + operation.limit_seconds - self._loop.time()

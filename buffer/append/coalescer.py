@@ -37,6 +37,9 @@ _DEPTH = 2
 _PASSING_RETRY_SECONDS = 0.05
 _SWEEP_SECONDS = 0.05
 
+_DIGITS = b"0123456789"
+_DUPLICATE = ord("d")
+
 # One script call: its shard, the epoch that it names, and its operations.
 _Call = tuple[int, int, list[Operation]]
 
@@ -215,14 +218,29 @@ class Coalescer:
                 self._fail(operation, error)
             return
         self._marks.update(shard, epoch, int(mark))
-        self._answered += len(answers)
         now = self._loop.time()
         observe = self._metrics.append_seconds.observe
+        nbytes = 0
         for operation, answer in zip(operations, answers, strict=True):
-            self._finish(operation)
+            operation.in_flight = False
+            nbytes += operation.nbytes
             observe(now - operation.began)
             if not operation.future.done():
                 operation.future.set_result((epoch, answer))
+        self._answered += len(operations)
+        self.operations -= len(operations)
+        self.bytes -= nbytes
+        self._count(operations, answers)
+
+    def _count(self, operations: list[Operation], answers: list[bytes]) -> None:
+        acked: dict[str, int] = {}
+        for operation, answer in zip(operations, answers, strict=True):
+            if answer[0] in _DIGITS:
+                acked[operation.level] = acked.get(operation.level, 0) + len(operation.ids)
+            elif answer[0] == _DUPLICATE:
+                self._metrics.appends.inc(("stream", operation.level, "duplicate"), len(operation.ids))
+        for level, items in acked.items():
+            self._metrics.appends.inc(("stream", level, "acked"), items)
 
     def _refresh_then_put_back(self, operations: list[Operation]) -> None:
         async def refresh() -> None:

@@ -58,7 +58,7 @@ def compare(
 
 def render(results: Sequence[Result]) -> str:
     """A table for people."""
-    lines = [f"{'':<44} {'ours':>12} {'baseline':>12} {'ratio':>7} {'target':>8} {'goal':>6}"]
+    lines = [f"{'':<48} {'ours':>10} {'baseline':>10} {'ratio':>7} {'target':>8} {'goal':>6}"]
     for r in results:
         sign = "≥" if r.better == "higher" else "≤"
         baseline = f"{r.baseline:,.4g}" if r.baseline is not None else ""
@@ -66,8 +66,9 @@ def render(results: Sequence[Result]) -> str:
             baseline = f"{r.baseline:,.0f}"
         ours = f"{r.ours:,.0f}" if r.ours >= 1000 else f"{r.ours:,.4g}"
         goal = f"{r.goal:g}" if r.goal is not None else ""
+        target = f"{sign}{r.target:g}"
         lines.append(
-            f"{r.name + ', ' + r.unit:<44} {ours:>12} {baseline:>12} {r.ratio:>7.2f} {sign + format(r.target, 'g'):>8} "
+            f"{f'{r.name}, {r.unit}':<48} {ours:>10} {baseline:>10} {r.ratio:>7.2f} {target:>8} "
             f"{goal:>6}  {'met' if r.met else 'MISSED'}"
         )
         if r.baseline_name:

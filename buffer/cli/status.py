@@ -106,7 +106,10 @@ def document(rows: list[Row], lag: float) -> dict[str, Any]:
 
 def table(rows: list[Row], lag: float, settings: Settings) -> str:
     """What a person reads."""
-    head = f"{'shard':>5}  {'owner':<38} {'epoch':>5} {'unflushed':>9} {'oldest':>8}  {'flushed through':>20}  {'turns':>10}"
+    head = (
+        f"{'shard':>5}  {'owner':<38} {'epoch':>5} {'unflushed':>9} {'oldest':>8}  "
+        f"{'flushed through':>20}  {'turns':>10}"
+    )
     lines = [head]
     for row in rows:
         epoch = str(row.epoch) if row.granted_epoch == row.epoch else f"{row.epoch}!"

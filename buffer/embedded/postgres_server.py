@@ -15,13 +15,12 @@ import sys
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
-import asyncpg
-
 from buffer.embedded import keeper
 from buffer.embedded.account import Account, postgres_account
 from buffer.embedded.binaries import find_postgres
 from buffer.embedded.process import Server, free_port, remove_except, wait_until
-from buffer.errors import EmbeddedError
+from buffer.errors import BufferError, EmbeddedError
+from buffer.store.provision import ensure_database
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +33,6 @@ SOCKET_PORT = 5432
 INITDB_SECONDS = 120.0
 START_SECONDS = 300.0
 """Recovery after a crash replays at most max_wal_size of log, even on a slow disk, in that time."""
-CONNECT_SECONDS = 10.0
 KEPT_BY_WIPE = {"postgres.log", ".guard", ".lock"}
 
 SETTINGS: Mapping[str, str] = {
@@ -111,8 +109,10 @@ class PostgresServer(Server):
         self._spawn([self._programs.postgres, "-D", where, *words], cwd=self.data, account=account)
         await self._wait_until_ready()
         try:
-            await self._ensure_database(fresh=fresh)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            await ensure_database(
+                str(self._sockets), self.port or SOCKET_PORT, DATABASE, self.password, fresh=fresh
+            )
+        except BufferError as error:
             raise self._failure(f"refuses connections ({error!r})") from error
 
     def _prepare(self, account: Account | None) -> None:
@@ -194,33 +194,6 @@ class PostgresServer(Server):
             return (self.data / "postmaster.pid").read_text().splitlines()[7].strip()
         except (OSError, IndexError):
             return ""
-
-    async def _ensure_database(self, *, fresh: bool) -> None:
-        try:
-            connection = await self._connect("postgres" if fresh else DATABASE)
-        except asyncpg.InvalidCatalogNameError:
-            connection = await self._connect("postgres")
-            fresh = True
-        try:
-            if fresh:
-                await connection.execute(f"CREATE DATABASE {DATABASE} STRATEGY wal_log")
-            if self.password:
-                literal = self.password.replace("'", "''")
-                await connection.execute(f"ALTER ROLE postgres PASSWORD '{literal}'")
-        finally:
-            await connection.close(timeout=CONNECT_SECONDS)
-
-    async def _connect(self, database: str) -> asyncpg.Connection[asyncpg.Record]:
-        return await asyncpg.connect(
-            user="postgres",
-            database=database,
-            host=str(self._sockets),
-            port=self.port or SOCKET_PORT,
-            timeout=CONNECT_SECONDS,
-            command_timeout=CONNECT_SECONDS,
-            password=self.password or "none",  # or asyncpg looks for one in the user's files
-            ssl=False,
-        )
 
 
 def _sync(directory: Path) -> None:

@@ -21,9 +21,6 @@ MAX_ID_CHARACTERS = 200
 # Control characters (C0, DEL, C1), the separator, and surrogates, which have no UTF-8 form.
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f/\ud800-\udfff]")
 
-_UUID7_SET = 0x7000 << 64 | 0x8000 << 48
-_UUID7_KEEP = ((1 << 128) - 1) ^ (0xF000 << 64 | 0xC000 << 48)
-
 # The prefixes that OpenAI gives its ids, so that an item of ours is accepted back as model input.
 _ITEM_PREFIXES = {
     "message": "msg_",
@@ -48,30 +45,30 @@ def check_id(value: object, param: str) -> str:
     return value
 
 
-_random: list[bytes] = []  # fetched from the system many at a time
+_random: list[str] = []  # random ends of ids, fetched from the system many at a time
 # A forked child must not hand out the ids that its parent is about to hand out.
 os.register_at_fork(after_in_child=_random.clear)
 
 
-def _random_80_bits() -> int:
-    try:
-        return int.from_bytes(_random.pop(), "big")
-    except IndexError:
-        pool = os.urandom(10 * 256)
-        _random.extend(pool[at : at + 10] for at in range(0, len(pool), 10))
-        return _random_80_bits()
+def _refill() -> None:
+    """Make 256 random ends: version 7, 12 random bits, the variant, 62 random bits."""
+    digits = os.urandom(10 * 256).hex()
+    for at in range(0, len(digits), 20):
+        variant = "89ab"[int(digits[at + 3], 16) & 3]
+        _random.append(f"7{digits[at : at + 3]}{variant}{digits[at + 4 : at + 19]}")
 
 
 def uuid7_hex() -> str:
     """32 hex digits of a UUIDv7 (RFC 9562): 48 bits of milliseconds, version, variant, random bits."""
-    value = (time.time_ns() // 1_000_000 & 0xFFFF_FFFF_FFFF) << 80 | _random_80_bits()
-    return "%032x" % (value & _UUID7_KEEP | _UUID7_SET)
+    if not _random:
+        _refill()
+    return f"{time.time_ns() // 1_000_000 & 0xFFFF_FFFF_FFFF:012x}{_random.pop()}"
 
 
 def make_item_id(item: Mapping[str, Any]) -> str:
     """A new id with the prefix of the item's type; an item without a type but with a role is a message."""
-    kind = item.get("type") or ("message" if "role" in item else None)
-    prefix = _ITEM_PREFIXES.get(kind, "item_") if isinstance(kind, str) else "item_"
+    kind = item.get("type") or ("message" if "role" in item else "")
+    prefix = _ITEM_PREFIXES.get(kind, "item_") if type(kind) is str else "item_"
     return prefix + uuid7_hex()
 
 

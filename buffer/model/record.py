@@ -18,6 +18,7 @@ a person can read in ``XRANGE``; ids cannot hold ``/``, so it splits without esc
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -26,7 +27,10 @@ from buffer.model.position import MAX_POSITION
 FORMAT_VERSION = "1"
 KIND_ITEM = "i"
 
-_LAST_MS = 253_402_300_799_999  # the end of the year 9999, and of datetime
+# 14 digits of milliseconds reach the year 5138: every such time is one in Python and in Postgres.
+_is_header = re.compile(
+    rf"{FORMAT_VERSION}/{KIND_ITEM}/[^/]+/[^/]+/[^/]+/[^/]*/[0-9]{{1,14}}/[0-9]{{0,19}}/\+?/[0-9]*".encode()
+).fullmatch
 
 
 class UnknownRecordFormat(ValueError):
@@ -64,7 +68,6 @@ def encode_header(
     user: str | None,
     created_ms: int,
     replace_after: int | None,
-    *,
     batch_continues: bool,
 ) -> bytes:
     """The ``h`` field of an item's entry, without the last part, which the append script adds."""
@@ -79,39 +82,43 @@ def decode_entry(entry_id: bytes, header: bytes, data: bytes) -> Record:
     Raises:
         UnknownRecordFormat: a newer format version, or not a header of ours.
     """
-    try:
-        version, kind, *ids, user, created, cut, more, before = header.decode().split("/")
-        tenant, conversation, item_id = ids
-        created_ms, replace_after = int(created), int(cut) if cut else None
-    except ValueError:
-        raise _unknown(entry_id, header) from None
-    known = version == FORMAT_VERSION and kind == KIND_ITEM and more in {"", "+"}
-    whole = tenant and conversation and item_id and (before.isdigit() or not before)
-    if not (known and whole and 0 <= created_ms <= _LAST_MS and 0 <= (replace_after or 0) <= MAX_POSITION):
-        raise _unknown(entry_id, header)
+    _, _, tenant, conversation, item_id, user, created_ms, cut, more, _ = split_header(
+        (entry_id, header, data)
+    )
     return Record(
         int(entry_id[entry_id.index(b"-") + 1 :]),
-        tenant,
-        conversation,
-        item_id,
-        user or None,
-        created_ms,
-        replace_after,
-        more == "+",
+        tenant.decode(),
+        conversation.decode(),
+        item_id.decode(),
+        user.decode() or None,
+        int(created_ms),
+        int(cut) if cut else None,
+        more == b"+",
         data,
     )
 
 
 def split_header(raw: tuple[bytes, bytes, bytes]) -> list[bytes]:
-    """The parts of a raw entry's header, checked for format and kind only.
+    """The ten parts of a raw entry's header, in UTF-8.
 
     Raises:
         UnknownRecordFormat: a newer format version, or not a header of ours.
     """
-    parts = raw[1].split(b"/")
-    if len(parts) != 10 or parts[0] != b"1" or parts[1] != b"i" or not parts[6].isdigit():
-        raise _unknown(raw[0], raw[1])
+    header = raw[1]
+    if not _is_header(header) or not (header.isascii() or _is_utf8(header)):
+        raise _unknown(raw[0], header)
+    parts = header.split(b"/")
+    if len(parts[7]) == 19 and int(parts[7]) > MAX_POSITION:
+        raise _unknown(raw[0], header)
     return parts
+
+
+def _is_utf8(header: bytes) -> bool:
+    try:
+        header.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _unknown(entry_id: bytes, header: bytes) -> UnknownRecordFormat:

@@ -95,7 +95,7 @@ async def check_schema(database: Database, shards: int) -> int:
         wanted = migrations()[-1].version
         if version < wanted:
             raise SchemaMismatch(
-                f"the database has schema version {version}, this release needs {wanted}; run `buffer migrate`"
+                f"the database has schema version {version}, needed is {wanted}; run `buffer migrate`"
             )
         kept = await connection.fetchval("select value from buffer.meta where key = 'shards'")
     if kept is None:

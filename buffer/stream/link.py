@@ -1,6 +1,7 @@
 """One connection to one Redis node, and calls that share it.
 
-A `Link` sends many commands at once and reads their replies in order, under time limits of its own. After any failure the connection is dropped: what was sent may or may not have run, and nobody must
+A `Link` sends many commands at once and reads their replies in order, under time limits of its own. After
+any failure the connection is dropped: what was sent may or may not have run, and nobody must
 ever read a reply that belongs to somebody else.
 """
 

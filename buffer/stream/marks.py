@@ -89,12 +89,22 @@ class Marks:
         while True:
             await self._someone_waits.wait()
             await asyncio.sleep(_POLL_SECONDS)
-            waited_for = [shard for shard, waiters in enumerate(self._waiters) if waiters]
+            waited_for = self._waited_for()
             if not waited_for:
                 self._someone_waits.clear()
                 continue
             try:
                 for shard, mark in zip(waited_for, await self._shards.marks(waited_for), strict=True):
                     self.update(shard, *mark)
+                # A nudge is lost where nobody listens: the flusher reconnects, or the shard changes hands.
+                await self._shards.nudge(*waited_for)
             except BufferError as error:
                 _log.debug("no marks: %s", error)
+
+    def _waited_for(self) -> list[int]:
+        """Shards that somebody still waits for; those who gave up are forgotten."""
+        for waiters in self._waiters:
+            if any(future.done() for _, _, future in waiters):
+                waiters[:] = [waiter for waiter in waiters if not waiter[2].done()]
+                heapq.heapify(waiters)
+        return [shard for shard, waiters in enumerate(self._waiters) if waiters]

@@ -170,12 +170,12 @@ class Shards:
         )
         return bool(reply)
 
-    async def nudge(self, shard: int) -> None:
-        """Ask whoever flushes the shard not to wait for more."""
-        await self._call((b"PUBLISH", self._nudge, b"%d" % shard))
+    async def nudge(self, *shards: int) -> None:
+        """Ask whoever flushes the shards not to wait for more."""
+        await self._call(*((b"PUBLISH", self._nudge, b"%d" % shard) for shard in shards))
 
     async def lease(self, shard: int, epoch: int, conversation_key: str, token: bytes) -> int | None:
-        """The last unflushed sequence, or None: nothing is unflushed and the look-up lease is the caller's."""
+        """The last unflushed sequence, or None: nothing is unflushed and the lease is the caller's."""
         keys = self.keys[shard]
         (reply,) = await self._call(
             script_call(

@@ -155,7 +155,7 @@ async def _transaction(database: Database, parts: Sequence[Part]) -> Outcome:
 
 
 class _Unlike(NamedTuple):
-    """An item whose id is stored with another text, which may still be equal as JSON."""
+    """An item whose id is stored with another text, which may be equal as JSON, or was removed."""
 
     part: Part
     ordinal: int
@@ -191,9 +191,7 @@ class _Placement:
     def _found(self, ordinal: int, item: LineItem, found: StoredDigest) -> None:
         if found.position < IMPORT_END:
             self._last = max(self._last, found.position)
-        if found.digest is None:
-            self._outcome.removed += 1
-        elif found.digest == hashlib.sha256(item.data.encode()).digest():
+        if found.digest == hashlib.sha256(item.data.encode()).digest():
             self._outcome.known += 1
         else:
             self.unlike.append(_Unlike(self._part, ordinal, item))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from . import support
+
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -16,4 +18,5 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path.chmod(0o711)
     monkeypatch.setenv("TMPDIR", str(path))
     yield path
+    support.wait_for(lambda: not support.processes(path))  # a keeper may still be removing files
     shutil.rmtree(path)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from buffer.model.ids import derive_item_id
 from buffer.model.position import pack
 from buffer.settings import Settings
-from buffer.store.items import Cut, remove_between
+from buffer.store.items import Cut, NewConversation, Row, add_conversations, copy_rows, remove_between
 from buffer.store.pool import Database
 from buffer.transfer import export, import_file
 
@@ -165,6 +165,28 @@ async def test_an_export_of_appended_items_loses_nothing(database, tenant):
     assert await exported(database, f"{tenant}-2") == [line | {"tenant": f"{tenant}-2"}]
 
 
+async def test_times_of_appended_items_survive_without_a_word_in_the_items(database, tenant):
+    """Where items don't say when they were created, the line does, to the microsecond."""
+    times = [NOON + timedelta(microseconds=n * 1_234_567) for n in range(3)]
+    await append_live(database, tenant, [(derive_item_id("c1", n), turn("x")) for n in range(3)], times=times)
+    (line,) = await exported(database, tenant)
+    assert line["items"] == [turn("x")] * 3
+    assert (await import_file(database, lines_of(line | {"tenant": f"{tenant}-2"}))).stored == 3
+    assert [row["created_at"] for row in await rows_of(database, f"{tenant}-2")] == times
+
+
+async def test_json_of_several_lines_is_exported_in_one(database, tenant):
+    """White space that somebody else has put into a row does not break the line."""
+    async with database.transaction() as connection:
+        data = '\n{\r\n  "a": "\\n",\n  "b": []\n}'
+        await copy_rows(
+            connection, [Row(tenant, "c1", 1, "i1", NOON, data), Row(tenant, "c1", 2, "i2", NOON, "{ }")]
+        )
+        await add_conversations(connection, [NewConversation(tenant, "c1", None, NOON)])
+    (line,) = await exported(database, tenant)
+    assert line["items"] == [{"id": "i1", "a": "\n", "b": []}, {"id": "i2"}]
+
+
 async def test_export_selects_by_tenant_and_user_in_order(database, tenant):
     """Conversations come by tenant and id, only those asked for, empty ones included."""
     await import_file(
@@ -204,7 +226,7 @@ async def test_a_line_without_a_tenant_belongs_to_the_default_one(database):
 
 async def test_long_conversations_are_exported_in_pieces(database, tenant):
     """A conversation longer than one query's share comes whole and in order, beside short ones, in pieces."""
-    sizes = {"a": 3, "b": 500, "c": 1_203, "d": 0, "e": 501, "f": 2}
+    sizes = {"a": 3, "b": 500, "c": 1_203, "d": 0, "e": 501, "f": 2, "g": 700}
     await import_file(
         database,
         lines_of(
@@ -346,9 +368,11 @@ async def test_a_file_that_has_grown_adds_only_what_is_new_behind_the_rest(datab
     """Items added at the end of a line follow the known ones, not what other files brought."""
     known = [turn(str(n)) for n in range(3)]
     await import_file(database, lines_of(conversation(*known)), tenant=tenant)
+    others = conversation(turn("other", id="other", created_at=NOON.timestamp()))
+    await import_file(database, lines_of(others), tenant=tenant)
     report = await import_file(database, lines_of(conversation(*known, turn("3"), turn("4"))), tenant=tenant)
     assert counts(report) == (2, 3, 0, 0)
-    assert [row["position"] for row in await rows_of(database, tenant)] == [1, 2, 3, 4, 5]
+    assert [row["position"] for row in await rows_of(database, tenant)] == [1, 2, 3, 4, 5, NOON_POSITION]
 
 
 async def test_positions_run_out_at_the_end_of_epoch_zero(database, tenant):

@@ -8,6 +8,7 @@ import asyncio
 import json
 import sys
 from collections import Counter, defaultdict
+from datetime import timedelta
 
 import asyncpg
 import pytest
@@ -126,6 +127,21 @@ async def test_another_body_is_a_conflict_and_overwrites_nothing(database, tenan
     assert (after[0]["user"], after[0]["metadata"]) == ("u1", {"k": 1, "l": 2})
 
 
+async def test_what_a_conversation_lacks_is_added_and_what_it_has_stays(database, tenant):
+    """A user or metadata that is missing is taken from the file, beside a conflict as well; none is no conflict."""
+    await import_file(database, lines_of(conversation(turn("a"), user="u1")), tenant=tenant)
+    report = await import_file(
+        database, lines_of(conversation(turn("a"), user="u2", metadata={"k": 1})), tenant=tenant
+    )
+    assert problems(report) == [(1, "conflict", "user")]
+    without = await import_file(
+        database, lines_of(conversation(turn("a"), metadata={}, user=None)), tenant=tenant
+    )
+    assert without.ok
+    (line,) = await exported(database, tenant)
+    assert (line["user"], line["metadata"]) == ("u1", {"k": 1})
+
+
 async def test_an_id_that_is_twice_in_a_line_is_stored_once(database, tenant):
     """An equal repeat within a line is known, another body is a conflict; likewise in a later line."""
     twice = conversation(turn("a", id="i"), turn("a", id="i"), turn("b", id="i"))
@@ -157,11 +173,16 @@ async def test_a_row_that_postgres_refuses_costs_only_its_line(database, tenant)
     bad = conversation(turn("x"), turn("x", id="poison"), named="c2")
     lines = lines_of(*(conversation(turn("x"), named=f"c{n}") if n != 2 else bad for n in range(7)))
     report = await import_file(database, lines, tenant=tenant)
+    many = conversation(*(turn("x", id="poison" if n == 5 else f"i{n}") for n in range(9)), named="large")
+    large = await import_file(database, lines_of(many), tenant=tenant, batch_items=2)
     async with database.connection() as connection:
         await connection.execute("alter table buffer.items drop constraint poison")
     assert problems(report) == [(3, "rejected", None)]
     assert "poison" in report.problems[0].message
     assert counts(report) == (6, 0, 0, 1)
+    assert problems(large) == [(1, "rejected", "items[4]")]
+    assert counts(large) == (4, 0, 0, 1)
+    assert (report.conversations, large.conversations) == (6, 0)
 
 
 # --- transactions
@@ -188,6 +209,15 @@ async def test_a_transaction_is_bounded_and_never_holds_half_a_conversation(data
         assert max(sizes_of.values()) <= 100
         assert {name for name, found in transactions.items() if len(found) > 1} == {"c"}
         assert len(sizes_of) < 10
+
+
+async def test_order_holds_across_the_transactions_of_a_large_conversation(database, tenant):
+    """Also where the clock of the items goes back just where the conversation is split."""
+    items = [turn(str(n), created_at=(NOON - timedelta(hours=n)).timestamp()) for n in range(9)]
+    for _ in range(2):
+        report = await import_file(database, lines_of(conversation(*items)), tenant=tenant, batch_items=2)
+        assert (report.stored + report.known, report.conversations) == (9, 1)
+    assert [json.loads(row["data"]) for row in await rows_of(database, tenant)] == items
 
 
 async def test_an_import_reads_ahead_by_two_batches_at_the_most(database, tenant):
@@ -220,6 +250,7 @@ async def test_an_import_that_was_cut_off_is_completed_by_a_repeat(database, ten
 
     with pytest.raises(OSError, match="went away"):
         await import_file(database, torn(), tenant=tenant, batch_items=10)
+    assert "import-batch" not in {task.get_name() for task in asyncio.all_tasks()}
     kept = sum(len(line["items"]) for line in await exported(database, tenant))
     assert 0 < kept < 60
     assert counts(await import_file(database, lines, tenant=tenant)) == (100 - kept, kept, 0, 0)
@@ -262,45 +293,47 @@ async def test_two_processes_that_import_the_same_file_store_it_once(servers, da
     assert sum(len(line["items"]) for line in await exported(database, tenant)) == 1_400
 
 
-async def test_imports_in_opposite_order_do_not_block_each_other(database, tenant):
-    """The same conversations and ids in every other order, at once: no deadlock is seen by anybody."""
-    ids = [f"c{n:02}" for n in range(60)]
-    items = [turn(str(n), id=f"i{n}") for n in range(5)]
-    deadlocks = "select deadlocks from pg_stat_database where datname = current_database()"
-    async with database.connection() as connection:
-        before = await connection.fetchval(deadlocks)
-    orders = [(ids, items), (ids[::-1], items), (ids, items[::-1]), (ids[::-1], items[::-1])]
-    reports = await asyncio.gather(
-        *(
-            import_file(
-                database,
-                lines_of(*(conversation(*some, named=name) for name in order)),
-                tenant=tenant,
-                batch_items=75,
-            )
-            for order, some in orders
-        )
-    )
-    assert all(report.ok for report in reports)
-    assert sum(report.stored for report in reports) == 300
-    assert sum(report.known for report in reports) == 900
-    async with database.connection() as connection:
-        await connection.execute("select pg_stat_clear_snapshot()")
-        assert await connection.fetchval(deadlocks) == before
-
-
-async def _blocked(connection, application):
-    """The backend of this application that waits for a lock, once there is one."""
+async def _blocked(connection, application, how_many=1):
+    """The backends of this application that wait for a lock, once there are so many; who blocks each."""
     async with asyncio.timeout(20):
         while True:
-            pid = await connection.fetchval(
-                "select pid from pg_stat_activity where application_name = $1 and wait_event_type = 'Lock' "
-                "and datname = current_database()",
+            rows = await connection.fetch(
+                "select pid, pg_blocking_pids(pid) as by from pg_stat_activity "
+                "where application_name = $1 and wait_event_type = 'Lock' and datname = current_database()",
                 application,
             )
-            if pid is not None:
-                return pid
+            if len(rows) >= how_many:
+                return {row["pid"]: set(row["by"]) for row in rows}
             await asyncio.sleep(0.01)
+
+
+async def test_imports_in_opposite_order_do_not_deadlock(servers, database, tenant):
+    """Whatever the order in their files, imports of the same conversations queue up in one order."""
+    names = ["a", "m", "z"]
+    items = [turn(str(n), id=f"i{n}") for n in range(5)]
+    other = await asyncio.wait_for(asyncpg.connect(servers.postgres.url), 10)
+    await import_file(database, lines_of(*(conversation(named=name) for name in names)), tenant=tenant)
+    lock = other.transaction()
+    await lock.start()
+    middle = "select from buffer.conversations where tenant = $1 and conversation = 'm' for update"
+    await other.execute(middle, tenant)
+
+    def start(order, some):
+        lines = lines_of(*(conversation(*some, named=name) for name in order))
+        return asyncio.create_task(import_file(database, lines, tenant=tenant))
+
+    async with database.connection() as watching:
+        first = start(names, items)
+        (one,) = await _blocked(watching, "test-transfer")
+        second = start(names[::-1], items[::-1])
+        waiting = await _blocked(watching, "test-transfer", 2)
+    # The second holds nothing yet that the first will want: it waits for the first, at "a".
+    assert waiting.pop(one) == {other.get_server_pid()}
+    assert list(waiting.values()) == [{one}]
+    await lock.rollback()
+    await other.close()
+    assert counts(await first) == (15, 0, 0, 0)
+    assert counts(await second) == (0, 15, 0, 0)
 
 
 async def test_a_flush_that_brings_the_same_id_meanwhile_does_not_stop_an_import(servers, database, tenant):
@@ -331,7 +364,7 @@ async def test_a_lost_connection_does_not_stop_an_import(servers, database, tena
     await other.execute("select from buffer.conversations where tenant = $1 for update", tenant)
     importing = asyncio.create_task(import_file(database, lines, tenant=tenant))
     async with database.connection() as watching:
-        pid = await _blocked(watching, "test-transfer")
+        (pid,) = await _blocked(watching, "test-transfer")
         await watching.execute("select pg_terminate_backend($1)", pid)
     await lock.rollback()
     await other.close()

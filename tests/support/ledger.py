@@ -74,6 +74,10 @@ class Ledger:
     def conversations(self) -> list[str]:
         return list(self._acked.keys() | self._unknown.keys())
 
+    def last_id(self, conversation: str) -> str:
+        """The id of the item that was acked last."""
+        return self._acked[conversation][-1].id
+
     def ack(self, conversation: str, receipt: Receipt, body: Mapping[str, Any], writer: str = "") -> None:
         """An item was acked; call it in the order of the acks."""
         self._unknown[conversation].pop(receipt.id, None)

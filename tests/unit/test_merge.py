@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.policy.merge import (
@@ -131,14 +131,15 @@ def test_a_read_is_one_prefix_whatever_was_flushed_meanwhile(history: History) -
     assert sorted(merged) == merged
 
 
-@given(histories(), st.data(), st.integers(1, 6))
+@settings(max_examples=250)
+@given(histories(), st.data(), st.integers(1, 4))
 def test_a_page_is_a_part_of_that_prefix_and_says_whether_there_is_more(
     history: History, data: st.DataObject, limit: int
 ) -> None:
     """Between any two positions, from either end, where Postgres gives one item over the limit at most."""
     base = history.entries[0].position if history.entries else 0
-    after = data.draw(st.integers(base - 2, base + 14))
-    before = data.draw(st.integers(base - 1, base + 15) | st.just(1 << 62))
+    after = data.draw(st.just(0) | st.integers(base - 2, base + 14))
+    before = data.draw(st.just(1 << 62) | st.integers(base - 1, base + 15))
     stored, known = stored_part(history, after, before)
     new = tail_part(history, known, after, before)
     whole, _ = history.until(max(history.read, history.flushed))

@@ -17,16 +17,17 @@ from buffer.model.record import (
     batch_continues,
     decode_entry,
     encode_header,
+    split_header,
 )
 
 from .strategies import ids
 
-LAST_MS = 253_402_300_799_999  # of the year 9999
+LAST_MS = 99_999_999_999_999  # in the year 5138
 YEAR_2200_MS = 7_258_118_400_000
 HEADER = b"1/i/acme/c7/m-91/u42/1732368000123/1099511627775/+/41"
 
 times = st.integers(0, LAST_MS)
-cuts = st.none() | st.integers(0, MAX_POSITION)
+cuts = st.none() | st.sampled_from([0, MAX_POSITION]) | st.integers(0, MAX_POSITION)
 headers = st.fixed_dictionaries(
     {
         "tenant": ids,
@@ -57,6 +58,7 @@ def test_a_record_holds_what_the_append_said(
     assert record == Record(sequence=sequence, data=data, **fields)
     assert record.conversation_key == f"{fields['tenant']}/{fields['conversation']}"
     assert batch_continues(header) == fields["batch_continues"]
+    assert b"/".join(split_header((b"7-1", header, data))) == header
 
 
 @given(st.integers(0, YEAR_2200_MS))
@@ -102,6 +104,8 @@ def test_another_format_version_is_recognized(header: bytes) -> None:
     """A newer release's record is named as such, with its entry id and its header, whatever its shape."""
     with pytest.raises(UnknownRecordFormat, match=r"record 7-12 has header b['\"]"):
         decode_entry(b"7-12", header, b"{}")
+    with pytest.raises(UnknownRecordFormat, match=r"record 7-12 has header b['\"]"):
+        split_header((b"7-12", header, b"{}"))
 
 
 @pytest.mark.parametrize("kind", [b"d", b"e", b"I", b"ii", b""])
