@@ -18,6 +18,7 @@ from buffer.errors import (
     InvalidRequest,
     OutcomeUnknown,
     PreconditionFailed,
+    RedisUnavailable,
     TooLarge,
 )
 from buffer.metrics import Metrics
@@ -173,12 +174,9 @@ class Appender:
         try:
             async with asyncio.timeout(max(0.0, seconds)):
                 await self.flushed(operation.shard, receipts[-1].position)
-        except TimeoutError as error:
-            raise OutcomeUnknown(
-                f"buffered, and not in Postgres within {operation.limit_seconds:g} s",
-                ids=operation.ids,
-                level="buffered",
-            ) from error
+        except (TimeoutError, RedisUnavailable) as error:
+            why = str(error) or f"not in Postgres within {operation.limit_seconds:g} s"
+            raise OutcomeUnknown(f"buffered, and {why}", ids=operation.ids, level="buffered") from error
         return [structs.replace(receipt, level="stored") for receipt in receipts]
 
     async def flushed(self, shard: int, position: int) -> None:

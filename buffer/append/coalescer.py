@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from buffer.append.operation import Operation
-from buffer.errors import BufferError, Overloaded, RedisUnavailable
+from buffer.errors import BufferError, OutcomeUnknown, Overloaded, RedisUnavailable
 from buffer.metrics import Metrics
 from buffer.model.position import epoch_of, sequence_of
 from buffer.path import Path
@@ -73,6 +73,8 @@ class Coalescer:
         self._to_send = asyncio.Event()
         self._to_receive = asyncio.Event()
         self._refreshes: set[asyncio.Task[None]] = set()
+        self._parked: set[Operation] = set()  # on their way back to the queue, a little later
+        self._closed = False
         self._loop = asyncio.get_running_loop()
         self._answered = 0
         self._answered_per_second = 1_000.0
@@ -84,7 +86,10 @@ class Coalescer:
 
         Raises:
             Overloaded: the queue is full; nothing was taken.
+            RedisUnavailable: this process has closed.
         """
+        if self._closed:
+            raise _closing()
         if self.operations >= self._most_operations or self.bytes + operation.nbytes > self._most_bytes:
             raise Overloaded(
                 f"{self.operations} appends ({self.bytes} bytes) wait for Redis; the limits are "
@@ -109,11 +114,12 @@ class Coalescer:
                 tasks.create_task(self._receive(), name="append-receive")
                 tasks.create_task(self._expire(), name="append-expire")
         finally:
+            self._closed = True
             for refresh in self._refreshes:
                 refresh.cancel()
             self._lose_what_is_under_way()
-            for operation in self._queue:
-                self._fail(operation, RedisUnavailable("this process is closing"))
+            for operation in (*self._queue, *self._parked):
+                self._fail(operation, _closing(operation))
             self._queue.clear()
             await self._link.close()
 
@@ -208,6 +214,7 @@ class Coalescer:
             # Redis took nothing of this call. What passes is tried again until the callers give up.
             for operation in operations:
                 operation.in_flight = False
+            self._parked.update(operations)
             if isinstance(error, Refused):
                 self._refresh_then_put_back(operations)
             else:
@@ -269,6 +276,7 @@ class Coalescer:
         self._put_back(lost)
 
     def _put_back(self, operations: list[Operation]) -> None:
+        self._parked.difference_update(operations)
         self._queue.extendleft(reversed(operations))
         self._to_send.set()
 
@@ -292,3 +300,10 @@ class Coalescer:
             now = self._loop.time()
             while expiring and (expiring[0].future.done() or expiring[0].began + self._limit_seconds <= now):
                 expiring.popleft().expire()
+
+
+def _closing(operation: Operation | None = None) -> BufferError:
+    if operation is not None and operation.maybe_stored:
+        text = "this process closed before Redis answered; repeat it with the same ids"
+        return OutcomeUnknown(text, ids=operation.ids)
+    return RedisUnavailable("this process is closing")

@@ -64,11 +64,14 @@ def import_(
         async with open_database(settings) as database:
             with sys.stdin.buffer if str(file) == "-" else file.open("rb") as lines:
                 report = await import_file(
-                    database, lines, tenant=tenant, settings=settings, on_progress=on_progress
+                    database,
+                    lines,
+                    tenant=tenant,
+                    settings=settings,
+                    on_progress=on_progress,
+                    on_problem=lambda problem: note(str(problem)),
                 )
         progress.show(f"{report.conversations} conversations read", last=True)
-        for problem in report.problems:
-            note(str(problem))
         counts = {
             "conversations": report.conversations,
             "stored": report.stored,

@@ -60,9 +60,12 @@ def _refill() -> None:
 
 def uuid7_hex() -> str:
     """32 hex digits of a UUIDv7 (RFC 9562): 48 bits of milliseconds, version, variant, random bits."""
-    if not _random:
+    try:
+        end = _random.pop()
+    except IndexError:  # asked for, not looked up before: another thread may take the last one
         _refill()
-    return f"{time.time_ns() // 1_000_000 & 0xFFFF_FFFF_FFFF:012x}{_random.pop()}"
+        return uuid7_hex()
+    return f"{time.time_ns() // 1_000_000 & 0xFFFF_FFFF_FFFF:012x}{end}"
 
 
 def make_item_id(item: Mapping[str, Any]) -> str:

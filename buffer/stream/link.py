@@ -144,20 +144,26 @@ class Link:
             await connection.disconnect(nowait=True)
 
 
+_Waiting = list[tuple[Sequence[Command], "asyncio.Future[list[Any]]"]]
+
+
 class Calls:
     """Independent calls that share a link: those of one event-loop turn travel together."""
 
     def __init__(self, link: Link, most_waiting: int = 10_000) -> None:
         self._link = link
         self._most_waiting = most_waiting
-        self._waiting: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
+        self._waiting: _Waiting = []
         self._wakeup = asyncio.Event()
+        self._closed = False
 
     def submit(self, commands: Sequence[Command]) -> Awaitable[list[Any]]:
         """The replies of these commands, in order; error replies are returned, not raised.
 
         Awaiting it raises `LinkLost` if the connection failed on the way.
         """
+        if self._closed:
+            raise RedisUnavailable("this process is closing")
         if len(self._waiting) >= self._most_waiting:
             raise RedisUnavailable(f"{self._most_waiting} calls wait for Redis already", retry_after=0.5)
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
@@ -174,26 +180,39 @@ class Calls:
                 while self._waiting:
                     await self._serve()
         finally:
-            for _, future in self._waiting:
-                future.cancel()
+            self._closed = True
+            _fail(self._waiting, RedisUnavailable("this process is closing"))
             await self._link.close()
 
     async def _serve(self) -> None:
         batch, self._waiting = self._waiting, []
         batch = [(commands, future) for commands, future in batch if not future.done()]
         try:
-            replies = await self._link.round_trip([c for commands, _ in batch for c in commands])
+            replies = await self._round_trip([c for commands, _ in batch for c in commands])
         except LinkLost as error:
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
+            _fail(batch, error)
             return
         except asyncio.CancelledError:
-            for _, future in batch:
-                future.cancel()
+            _fail(batch, RedisUnavailable("this process is closing"))
             raise
         at = 0
         for commands, future in batch:
             if not future.done():
                 future.set_result(replies[at : at + len(commands)])
             at += len(commands)
+
+    async def _round_trip(self, commands: Sequence[Command]) -> list[Any]:
+        """All replies; a script that Redis had forgotten has not run, and is called once more."""
+        replies = await self._link.round_trip(commands)
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:
+            again = await self._link.round_trip([commands[i] for i in unknown])
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        return replies
+
+
+def _fail(calls: _Waiting, error: RedisUnavailable) -> None:
+    for _, future in calls:
+        if not future.done():
+            future.set_exception(error)

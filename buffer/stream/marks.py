@@ -32,6 +32,7 @@ class Marks:
         self._waiters: list[list[tuple[int, int, asyncio.Future[None]]]] = [[] for _ in shards.keys]
         self._order = itertools.count()
         self._someone_waits = asyncio.Event()
+        self._closed = False
 
     def through(self, shard: int) -> int:
         """The last position that is known to be flushed."""
@@ -53,9 +54,14 @@ class Marks:
         """Return once ``position`` of the shard is flushed; nudges whoever flushes it.
 
         A mark releases only waiters of its own epoch: what became of an older one, it does not say.
+
+        Raises:
+            RedisUnavailable: this process closes.
         """
         if self._reached(shard, position):
             return
+        if self._closed:
+            raise _closing()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiters[shard], (position, next(self._order), future))
         self._someone_waits.set()
@@ -69,10 +75,16 @@ class Marks:
         return position <= self._through[shard] and epoch_of(position) == epoch_of(self._through[shard])
 
     async def run(self) -> None:
-        """Keep the marks fresh until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen(), name="marks-listen")
-            tasks.create_task(self._poll(), name="marks-poll")
+        """Keep the marks fresh until cancelled; who waits then is told that nobody will tell."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen(), name="marks-listen")
+                tasks.create_task(self._poll(), name="marks-poll")
+        finally:
+            self._closed = True
+            for _, _, future in itertools.chain(*self._waiters):
+                if not future.done():
+                    future.set_exception(_closing())
 
     async def _listen(self) -> None:
         _, flushed = self._shards.channels
@@ -108,3 +120,7 @@ class Marks:
                 waiters[:] = [waiter for waiter in waiters if not waiter[2].done()]
                 heapq.heapify(waiters)
         return [shard for shard, waiters in enumerate(self._waiters) if waiters]
+
+
+def _closing() -> RedisUnavailable:
+    return RedisUnavailable("this process is closing")

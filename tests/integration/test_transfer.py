@@ -13,17 +13,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from buffer.model.ids import derive_item_id
 from buffer.model.position import pack
-from buffer.settings import Settings
 from buffer.store.items import Cut, NewConversation, Row, add_conversations, copy_rows, remove_between
 from buffer.store.pool import Database
 from buffer.transfer import export, import_file
-
-from .transfer_support import (
+from tests.integration.transfer_support import (
     NOON,
     append_live,
     conversation,
@@ -33,7 +32,7 @@ from .transfer_support import (
     lines_of,
     problems,
     rows_of,
-    servers,
+    settings,
     tenant,
     turn,
 )
@@ -101,7 +100,7 @@ odd_conversations = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given_settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.lists(odd_conversations, max_size=4, unique_by=lambda line: line["conversation_id"]), st.booleans())
 async def test_what_is_accepted_comes_back_equal_whatever_it_holds(database, conversations, ascii_only):
     """NUL, lone surrogates, big integers, nesting and any id survive import, export and import again."""
@@ -247,7 +246,7 @@ async def test_long_conversations_are_exported_in_pieces(database, tenant):
     assert max(map(len, pieces)) < 2 * 64 * 1024
 
 
-async def test_an_export_is_one_state_of_the_database(servers, database, tenant):
+async def test_an_export_is_one_state_of_the_database(settings, database, tenant):
     """What is stored while an export runs is in none of its lines."""
     await import_file(
         database,
@@ -259,7 +258,7 @@ async def test_an_export_is_one_state_of_the_database(servers, database, tenant)
     )
 
     async def store_late():
-        other = Database(Settings(postgres_url=servers.postgres.url), "test-late")
+        other = Database(settings, "test-late")
         await other.open()
         report = await import_file(other, late, tenant=tenant)
         await other.close()

@@ -17,8 +17,7 @@ from buffer.model.codec import encode_item
 from buffer.model.position import pack
 from buffer.store.items import Cut, Row, copy_rows, remove_between
 from buffer.transfer import ImportReport, import_file
-
-from .transfer_support import (
+from tests.integration.transfer_support import (
     NOON,
     conversation,
     counts,
@@ -27,7 +26,7 @@ from .transfer_support import (
     lines_of,
     problems,
     rows_of,
-    servers,
+    settings,
     tenant,
     turn,
 )
@@ -128,7 +127,7 @@ async def test_another_body_is_a_conflict_and_overwrites_nothing(database, tenan
 
 
 async def test_what_a_conversation_lacks_is_added_and_what_it_has_stays(database, tenant):
-    """A user or metadata that is missing is taken from the file, beside a conflict as well; none is no conflict."""
+    """A user or metadata that is missing is taken from the file, and none is no conflict."""
     await import_file(database, lines_of(conversation(turn("a"), user="u1")), tenant=tenant)
     report = await import_file(
         database, lines_of(conversation(turn("a"), user="u2", metadata={"k": 1})), tenant=tenant
@@ -276,12 +275,12 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-async def test_two_processes_that_import_the_same_file_store_it_once(servers, database, tenant, tmp_path):
+async def test_two_processes_that_import_the_same_file_store_it_once(settings, database, tenant, tmp_path):
     """Both succeed, and what one has stored the other finds known."""
     file = tmp_path / "same.jsonl"
     lines = lines_of(*(conversation(*(turn(str(n)) for n in range(7)), named=f"c{n:03}") for n in range(200)))
     file.write_bytes(b"\n".join(lines))
-    command = [sys.executable, "-c", IMPORT, servers.postgres.url, str(file), tenant]
+    command = [sys.executable, "-c", IMPORT, settings.postgres_url, str(file), tenant]
     pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
     both = [await asyncio.create_subprocess_exec(*command, **pipes) for _ in range(2)]
     for process in both:
@@ -307,11 +306,11 @@ async def _blocked(connection, application, how_many=1):
             await asyncio.sleep(0.01)
 
 
-async def test_imports_in_opposite_order_do_not_deadlock(servers, database, tenant):
+async def test_imports_in_opposite_order_do_not_deadlock(settings, database, tenant):
     """Whatever the order in their files, imports of the same conversations queue up in one order."""
     names = ["a", "m", "z"]
     items = [turn(str(n), id=f"i{n}") for n in range(5)]
-    other = await asyncio.wait_for(asyncpg.connect(servers.postgres.url), 10)
+    other = await asyncio.wait_for(asyncpg.connect(settings.postgres_url), 10)
     await import_file(database, lines_of(*(conversation(named=name) for name in names)), tenant=tenant)
     lock = other.transaction()
     await lock.start()
@@ -336,9 +335,9 @@ async def test_imports_in_opposite_order_do_not_deadlock(servers, database, tena
     assert counts(await second) == (0, 15, 0, 0)
 
 
-async def test_a_flush_that_brings_the_same_id_meanwhile_does_not_stop_an_import(servers, database, tenant):
+async def test_a_flush_that_brings_the_same_id_meanwhile_does_not_stop_an_import(settings, database, tenant):
     """An id that is stored between the import's look and its COPY is found known when it looks again."""
-    other = await asyncio.wait_for(asyncpg.connect(servers.postgres.url), 10)
+    other = await asyncio.wait_for(asyncpg.connect(settings.postgres_url), 10)
     flush = other.transaction()
     await flush.start()
     row = Row(tenant, "c1", pack(1, 0), "i1", NOON, json.dumps(turn("a", id="i1")))
@@ -354,9 +353,9 @@ async def test_a_flush_that_brings_the_same_id_meanwhile_does_not_stop_an_import
     assert [row["item_id"] for row in await rows_of(database, tenant)] == ["i2", "i1"]
 
 
-async def test_a_lost_connection_does_not_stop_an_import(servers, database, tenant):
+async def test_a_lost_connection_does_not_stop_an_import(settings, database, tenant):
     """A transaction whose backend is gone is done again on a new connection."""
-    other = await asyncio.wait_for(asyncpg.connect(servers.postgres.url), 10)
+    other = await asyncio.wait_for(asyncpg.connect(settings.postgres_url), 10)
     lines = lines_of(conversation(turn("a")), conversation(turn("b"), named="c2"))
     await import_file(database, lines[:1], tenant=tenant)
     lock = other.transaction()

@@ -4,50 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import uuid
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
-from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
 from buffer.model.codec import encode_item
 from buffer.model.position import pack
-from buffer.settings import Settings
 from buffer.store.items import NewConversation, Row, add_conversations, copy_rows
-from buffer.store.migrate import migrate
 from buffer.store.pool import Database
 from buffer.transfer import ImportReport, export
+from tests.conftest import settings_for
 
-SHARDS = Settings.model_fields["shards"].default
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
-def servers():
-    """A database of this module's own on the server that the environment names."""
-    url = os.environ.get("BUFFER_TEST_POSTGRES_URL")
-    if url is None:
-        pytest.skip("BUFFER_TEST_POSTGRES_URL names no Postgres")
+def settings(servers):
+    """One database for a module: its tests share nothing but tables, since each has its own tenant."""
     name = f"transfer_{uuid.uuid4().hex}"
-    asyncio.run(_on_server(url, f"create database {name}"))
-    yield SimpleNamespace(postgres=SimpleNamespace(url=urlsplit(url)._replace(path=f"/{name}").geturl()))
-    asyncio.run(_on_server(url, f"drop database {name} with (force)"))
+    url = servers.postgres.url.replace("/buffer?", "/postgres?")
+    asyncio.run(_execute(url, f"create database {name} template buffer"))
+    yield settings_for(servers, name)
+    asyncio.run(_execute(url, f"drop database {name} with (force)"))
 
 
-async def _on_server(url, sql):
+async def _execute(url, sql):
     connection = await asyncpg.connect(url)
     await connection.execute(sql)
     await connection.close()
 
 
 @pytest.fixture
-async def database(servers):
-    database = Database(Settings(postgres_url=servers.postgres.url), "test-transfer")
+async def database(settings):
+    """A pool on that database; its connections show as ``test-transfer``."""
+    database = Database(settings, "test-transfer")
     await database.open()
-    await migrate(database, SHARDS)
     yield database
     await database.close()
 

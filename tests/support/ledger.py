@@ -5,6 +5,7 @@ It knows nothing of how the service works: only receipts on one side, and rows o
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from buffer import Buffer, Receipt
+from buffer import Buffer, Conversation, Page, Receipt, Unavailable
 
 PAGE = 1_000
 
@@ -141,6 +142,16 @@ async def in_postgres(postgres: asyncpg.Connection, tenant: str = "default") -> 
     return contents
 
 
+async def _page(conversation: Conversation, after: int | None) -> Page:
+    """A page; "not now" is no fault, and asked again a few times."""
+    for _ in range(5):
+        try:
+            return await conversation.items(after=after, limit=PAGE)
+        except Unavailable as error:
+            await asyncio.sleep(error.retry_after)
+    return await conversation.items(after=after, limit=PAGE)
+
+
 async def in_reads(buffer: Buffer, conversations: Iterable[str], tenant: str = "default") -> Contents:
     """Every item that the API shows of these conversations, page by page."""
     contents: dict[str, list[Seen]] = {}
@@ -149,7 +160,7 @@ async def in_reads(buffer: Buffer, conversations: Iterable[str], tenant: str = "
         seen = contents[name] = []
         more = True
         while more:
-            page = await conversation.items(after=seen[-1].position if seen else None, limit=PAGE)
+            page = await _page(conversation, seen[-1].position if seen else None)
             seen += [Seen(item.id, item.position, dict(item)) for item in page.items]
             more = page.has_more
     return contents

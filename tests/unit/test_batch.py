@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from buffer.flush import batch as batch_module
@@ -163,6 +163,7 @@ def test_the_fast_and_the_slow_path_write_the_same_rows(steps: list[Step], data:
 
 
 @given(ids, ids, ids, st.none() | ids, st.integers(0, 7_258_118_400_000), st.binary(max_size=20))
+@example("😀" * 200, "租" * 200, "\U0010ffff" * 200, None, 1_732_368_000_123, b"")
 def test_any_allowed_ids_reach_postgres_unchanged(
     tenant: str, conversation: str, item_id: str, user: str | None, created_ms: int, data: bytes
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 import time
 from functools import reduce
 from operator import and_, or_
@@ -165,6 +166,33 @@ def test_made_ids_are_uuids_of_version_7_and_of_now() -> None:
     assert reduce(or_, seen) == random_bits
     assert reduce(and_, seen) == 0
     assert len(set(seen)) == 1_000
+    # No two of them are one bit twice: each holds its own in some id, and not its opposite in all.
+    columns = [sum((bits >> bit & 1) << at for at, bits in enumerate(seen)) for bit in range(76)]
+    ours = [column for bit, column in enumerate(columns) if random_bits >> bit & 1]
+    assert len({min(column, column ^ ((1 << 1_000) - 1)) for column in ours}) == 74
+
+
+def test_threads_make_different_ids() -> None:
+    """Buffers of several event loops share what makes ids: none gets another's, or an error."""
+    made: list[str] = []
+    together = threading.Barrier(8)
+
+    def make() -> None:
+        together.wait()
+        for _ in range(20_000):
+            made.append(uuid7_hex())  # noqa: PERF401 - a plain loop lets the threads take turns
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
+    assert len({uuid[13:] for uuid in made}) == len(made) == 160_000
 
 
 FORK = """

@@ -175,6 +175,13 @@ def test_a_removal_spares_the_item_it_names_and_the_one_that_carries_it(
     assert visible(position, [Removal(0, 2), Removal(5, 10)]) != removed
 
 
+def test_bounds_of_a_page_are_excluded() -> None:
+    """An item named by ``after`` or ``before`` is not on the page."""
+    tail = [Pending(position, f"item-{position}", None) for position in range(1, 6)]
+    assert [p.position for p in between(tail, 2, 5)] == [3, 4]
+    assert between(tail, 2, 3) == []
+
+
 def test_a_replacement_removes_flushed_and_unflushed_items_alike() -> None:
     """Items 1 to 3 of which 1 and 2 are flushed; 4 replaces what follows 1: 1 and 4 remain."""
     tail = [Pending(2, "b", None), Pending(3, "c", None), Pending(4, "d", 1)]
