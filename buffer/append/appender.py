@@ -161,13 +161,12 @@ class Appender:
 
     async def _confirm_last(self, target: Target, epoch: int, operation: Operation) -> Operation:
         """Compare ``if_match`` with Postgres, under a lease that any flush of the conversation ends."""
-        token = os.urandom(8)
-        unflushed = await self._shards.lease(target.shard, epoch, target.key, token)
-        if unflushed is None:
+        token = await self._shards.lease(target.shard, epoch, target.key, os.urandom(8))
+        if token is not None:
             last = await self._items.last_position(target.tenant, target.conversation) or 0
             if last != operation.expected:
                 raise _precondition(operation, last)
-        return operation.confirmed(token)
+        return operation.confirmed(token or b"")
 
     async def _stored(self, operation: Operation, receipts: list[Receipt]) -> list[Receipt]:
         seconds = operation.began + operation.limit_seconds - self._loop.time()

@@ -117,7 +117,7 @@ class Coalescer:
             self._closed = True
             for refresh in self._refreshes:
                 refresh.cancel()
-            self._lose_what_is_under_way()
+            self._lose_what_is_under_way(_closing())
             for operation in (*self._queue, *self._parked):
                 self._fail(operation, _closing(operation))
             self._queue.clear()
@@ -138,7 +138,7 @@ class Coalescer:
                 try:
                     await self._link.send(commands)
                 except LinkLost as error:
-                    self._lose_what_is_under_way(never_sent=None if error.sent else calls)
+                    self._lose_what_is_under_way(error, never_sent=None if error.sent else calls)
                     await asyncio.sleep(self._link.retry_delay())
                 else:
                     self._to_receive.set()
@@ -200,9 +200,9 @@ class Coalescer:
                     while calls:
                         reply = await self._link.receive()
                         self._deliver(*calls.pop(0), reply)
-                except LinkLost:
+                except LinkLost as error:
                     if calls:  # else the sender noticed first, and has put them back
-                        self._lose_what_is_under_way()
+                        self._lose_what_is_under_way(error)
                     break
                 self._under_way.popleft()
                 self._to_send.set()
@@ -214,6 +214,7 @@ class Coalescer:
             # Redis took nothing of this call. What passes is tried again until the callers give up.
             for operation in operations:
                 operation.in_flight = False
+                operation.trouble = str(error)
             self._parked.update(operations)
             if isinstance(error, Refused):
                 self._refresh_then_put_back(operations)
@@ -262,7 +263,7 @@ class Coalescer:
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
 
-    def _lose_what_is_under_way(self, *, never_sent: list[_Call] | None = None) -> None:
+    def _lose_what_is_under_way(self, error: BufferError, *, never_sent: list[_Call] | None = None) -> None:
         """The connection is gone: what it carried goes back to the queue, in order, its outcome open."""
         lost: list[Operation] = []
         for calls in self._under_way:
@@ -270,6 +271,7 @@ class Coalescer:
                 for operation in operations:
                     operation.in_flight = False
                     operation.maybe_stored |= calls is not never_sent
+                    operation.trouble = str(error)
                 lost += operations
             calls.clear()
         self._under_way.clear()

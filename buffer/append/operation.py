@@ -32,6 +32,7 @@ class Operation(msgspec.Struct, eq=False):
     token: bytes = b""  # lease under which ``expected`` was confirmed in Postgres
     in_flight: bool = False
     maybe_stored: bool = False
+    trouble: str = ""  # why the last attempt did not succeed
 
     def confirmed(self, token: bytes) -> Operation:
         """The same operation once more, now that Postgres confirmed ``expected`` under a lease."""
@@ -42,9 +43,10 @@ class Operation(msgspec.Struct, eq=False):
         """Tell the caller that its time is up."""
         if self.future.done():
             return
+        within = f"within {self.limit_seconds:g} s" + (f" ({self.trouble})" if self.trouble else "")
         if self.maybe_stored or self.in_flight:
-            text = f"no answer from Redis within {self.limit_seconds:g} s; repeat it with the same ids"
+            text = f"no answer from Redis {within}; repeat it with the same ids"
             self.future.set_exception(OutcomeUnknown(text, ids=self.ids))
         else:
-            text = f"Redis did not take the append within {self.limit_seconds:g} s"
+            text = f"Redis did not take the append {within}"
             self.future.set_exception(RedisUnavailable(text, retry_after=1.0))

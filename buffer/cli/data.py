@@ -40,7 +40,9 @@ class _Progress:
 
 
 def import_(
-    file: Annotated[Path, Parameter(help="JSONL, a conversation a line; - is stdin.")],
+    file: Annotated[
+        Path, Parameter(help="JSONL, a conversation a line; - is stdin.", allow_leading_hyphen=True)
+    ],
     *,
     tenant: Annotated[
         str | None, Parameter(help="Owner of everything; else each line's own, or default.")

@@ -128,3 +128,9 @@ def _unknown(entry_id: bytes, header: bytes) -> UnknownRecordFormat:
 def batch_continues(header: bytes) -> bool:
     """Whether the next entry belongs to the same append."""
     return header.rpartition(b"/")[0].endswith(b"/+")
+
+
+def created_ms(header: bytes) -> int | None:
+    """When an entry was accepted, Unix milliseconds; None where a newer format does not tell."""
+    parts = header.split(b"/")
+    return int(parts[6]) if len(parts) > 6 and parts[0] == b"1" and parts[6].isdigit() else None

@@ -73,8 +73,11 @@ class ShardStore:
         Before a claim, transactions that an owner with an expired lease left open are ended.
         """
         async with self._database.transaction() as connection:
-            others = await connection.fetchval(_SQL["heartbeat"], flusher, lease_seconds)
-            fair = -(-shards // (others + 1))
+            live = await connection.fetchrow(_SQL["heartbeat"], flusher, lease_seconds)
+            assert live is not None
+            # Some get one more than others. Were it any of them, 4 shards could end as 2, 2 and 0.
+            share, left_over = divmod(shards, live["others"] + 1)
+            fair = share + (live["before"] < left_over)
             held = [Owned(*r) for r in await connection.fetch(_SQL["renew"], flusher, lease_seconds)]
             if len(held) < fair:
                 expired = [r["owner"] for r in await connection.fetch(_SQL["expired_owners"])]

@@ -18,7 +18,7 @@ from redis.exceptions import (
 )
 
 from buffer.errors import BufferError, RedisUnavailable
-from buffer.model.record import Record, decode_entry
+from buffer.model.record import Record, UnknownRecordFormat, created_ms, decode_entry
 from buffer.stream import scripts
 from buffer.stream.keys import ShardKeys, channel
 from buffer.stream.link import Calls, Command, script_call
@@ -41,7 +41,7 @@ def error_of(reply: ResponseError) -> BufferError:
     """What an error reply means to a caller: refused, passing, or a fault of ours."""
     text = str(reply)
     if "REFUSED" in text:
-        return Refused(f"Redis: {text}", retry_after=0.1)
+        return Refused(_refusal(text), retry_after=0.1)
     if isinstance(reply, OutOfMemoryError):
         return RedisUnavailable("Redis is out of memory (maxmemory)", retry_after=1.0)
     if isinstance(reply, _PASSING) or text.startswith(_PASSING_PREFIXES):
@@ -49,6 +49,12 @@ def error_of(reply: ResponseError) -> BufferError:
     if isinstance(reply, NoPermissionError):
         return RedisUnavailable(f"Redis refuses this user: {text}", retry_after=5.0)
     return StreamCorrupt(f"Redis: {text}")
+
+
+def _refusal(text: str) -> str:
+    if text.endswith("none"):
+        return "no flusher has opened this shard in Redis yet; is one running, with the same key prefix?"
+    return f"Redis: {text}"
 
 
 def checked(reply: Any) -> Any:
@@ -125,7 +131,7 @@ class Shards:
                 int(mark),
                 int(turns),
                 int(nbytes),
-                int(header.split(b"/")[6]) if header.count(b"/") >= 6 else None,
+                created_ms(header),
             )
             for epoch, mark, nbytes, turns, header in replies
         ]
@@ -174,15 +180,16 @@ class Shards:
         """Ask whoever flushes the shards not to wait for more."""
         await self._call(*((b"PUBLISH", self._nudge, b"%d" % shard) for shard in shards))
 
-    async def lease(self, shard: int, epoch: int, conversation_key: str, token: bytes) -> int | None:
-        """The last unflushed sequence, or None: nothing is unflushed and the lease is the caller's."""
+    async def lease(self, shard: int, epoch: int, conversation_key: str, token: bytes) -> bytes | None:
+        """The token of the look-up lease: ``token``, or one that stands; None: something is unflushed."""
         keys = self.keys[shard]
         (reply,) = await self._call(
             script_call(
                 scripts.LEASE, (keys.shard, keys.leases), (b"%d" % epoch, conversation_key.encode(), token)
             )
         )
-        return int(reply) if reply else None
+        unflushed, lease = reply
+        return None if unflushed else lease
 
     async def tail(
         self, shard: int, epoch: int, conversation_key: str, most: int, older: int | None = None
@@ -202,4 +209,8 @@ class Shards:
             )
         )
         go_on, *entries = reply
-        return Tail([decode_entry(*entry) for entry in reversed(entries)], int(go_on) if go_on else None)
+        try:
+            records = [decode_entry(*entry) for entry in reversed(entries)]
+        except UnknownRecordFormat as error:
+            raise RedisUnavailable(f"a newer release wrote to this conversation: {error}") from error
+        return Tail(records, int(go_on) if go_on else None)

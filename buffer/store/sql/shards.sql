@@ -8,14 +8,16 @@ select shard, path_epoch, owner, fence, lease_until > now() as owned, flushed_th
 from buffer.shards order by shard
 
 -- name: heartbeat
--- $1 flusher, $2 seconds after which a silent flusher no longer counts. Returns how many are live.
+-- $1 flusher, $2 seconds after which a silent flusher no longer counts. Returns how many others are live,
+-- and how many of those come before this one by name.
 with beat as (
     insert into buffer.flushers (flusher, heartbeat_at) values ($1, now())
     on conflict (flusher) do update set heartbeat_at = excluded.heartbeat_at
 ), gone as (
     delete from buffer.flushers where heartbeat_at < now() - make_interval(secs => 100 * $2::float8)
 )
-select count(*) from buffer.flushers
+select count(*) as others, count(*) filter (where flusher < $1) as before
+from buffer.flushers
 where heartbeat_at > now() - make_interval(secs => $2::float8) and flusher <> $1
 
 -- name: leave

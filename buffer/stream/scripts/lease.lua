@@ -3,11 +3,12 @@
 --
 -- KEYS  1 shard   2 leases
 -- ARGV  1 epoch   2 conversation   3 token
--- Reply "<seq>" of the last unflushed item, or "" and the lease is the caller's. Settling an item of
---       the conversation cancels it, so what was read from Postgres under it is still the last.
+-- Reply {"<seq>" of the last unflushed item, ""}, or {"", token of the lease}. Settling an item of the
+--       conversation cancels it, so what was read from Postgres under it is still the last. Callers
+--       share a lease that stands: if each took it from the one before, a crowd would never get on.
 
 local shard = redis.call('HMGET', KEYS[1], 'epoch', ARGV[2])
 if shard[1] ~= ARGV[1] then return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none')) end
-if shard[2] then return shard[2] end
-redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
-return ''
+if shard[2] then return { shard[2], '' } end
+redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3])
+return { '', redis.call('HGET', KEYS[2], ARGV[2]) }
