@@ -113,7 +113,7 @@ class Tally(Collector):
         definition = self._definition
         if definition.kind == "counter":
             counter = CounterMetricFamily(definition.name, definition.help, labels=definition.labels)
-            for labels, count in self._counts.items():
+            for labels, count in self._counts.copy().items():  # a scrape runs in a thread of its own
                 counter.add_metric(labels, count)
             yield counter
             return

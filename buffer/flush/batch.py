@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from buffer.model.position import pack
-from buffer.model.record import decode_entry, split_header
+from buffer.model.record import split_header
 from buffer.policy.merge import Removal
 from buffer.store.copy_format import encode_row
-from buffer.store.items import Cut, Row
+from buffer.store.items import Cut
 from buffer.store.shards import Advance, Owned
 from buffer.stream.shards import RawEntry, Settlement
 
@@ -59,6 +59,7 @@ class ShardBatch:
     before: int
     committed: int
     entries: list[Entry]
+    repeats: frozenset[int] = frozenset()  # sequences whose id is stored already
 
     @property
     def through(self) -> int:
@@ -70,6 +71,11 @@ class ShardBatch:
         if self.entries[0].sequence > self.committed:
             return self.entries
         return [entry for entry in self.entries if entry.sequence > self.committed]
+
+    def new(self) -> list[Entry]:
+        """The fresh entries without the repeats: what Postgres gets. A repeat removes nothing either."""
+        fresh = self.fresh()
+        return [e for e in fresh if e.sequence not in self.repeats] if self.repeats else fresh
 
     def settlements(self) -> list[Settlement]:
         """The steps by which Redis forgets the batch."""
@@ -84,9 +90,9 @@ class ShardBatch:
         return steps
 
     def removals(self) -> dict[bytes, list[Removal]]:
-        """What the fresh entries remove, by conversation."""
+        """What the new entries remove, by conversation."""
         found: dict[bytes, list[Removal]] = {}
-        for entry in self.fresh():
+        for entry in self.new():
             if entry.replace_after is not None:
                 position = pack(self.owned.path_epoch, entry.sequence)
                 found.setdefault(entry.conversation_key, []).append(Removal(entry.replace_after, position))
@@ -110,27 +116,17 @@ class Batch:
         for part in self.parts:
             base = pack(part.owned.path_epoch, 0)
             removals = part.removals()
-            for entry in part.fresh():
+            for entry in part.new():
                 _, _, tenant, conversation, item_id, _, created_ms, _, _, _ = entry.parts
                 position = base + entry.sequence
                 removed = removals and _removed(removals, entry.conversation_key, position)
                 data = None if removed else entry.raw[2]
                 yield encode_row(tenant, conversation, position, item_id, int(created_ms), data)
 
-    def rows(self) -> list[Row]:
-        """The same rows for the slow path."""
-        rows = []
-        for part in self.parts:
-            removals = part.removals()
-            for entry in part.fresh():
-                record = decode_entry(*entry.raw)
-                position = pack(part.owned.path_epoch, entry.sequence)
-                removed = _removed(removals, entry.conversation_key, position)
-                data = None if removed else record.data.decode()
-                rows.append(
-                    Row(record.tenant, record.conversation, position, record.item_id, record.created_at, data)
-                )
-        return rows
+    def without(self, repeats: Mapping[int, frozenset[int]]) -> Batch:
+        """The batch without repeats: shard to sequences. They still count as flushed."""
+        parts = [replace(part, repeats=repeats.get(part.owned.shard, frozenset())) for part in self.parts]
+        return Batch(parts, self.full, self.fetched_at)
 
     def cuts(self) -> list[Cut]:
         """What the batch removes from earlier rows."""

@@ -349,6 +349,8 @@ class Flusher:
             at = int(chunk[-1][0].split(b"-")[1])
         while entries and batch_continues(entries[-1][1]):
             chunk = await self._shards.fetch(owned.shard, owned.path_epoch, at, 1)
+            if not chunk:
+                break
             entries += chunk
             at = int(chunk[-1][0].split(b"-")[1])
         if not entries:

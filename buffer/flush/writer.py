@@ -15,9 +15,10 @@ from buffer.flush.batch import Batch
 from buffer.metrics import Metrics
 from buffer.model.codec import equal_as_json
 from buffer.model.ids import conversation_key
-from buffer.model.record import decode_entry
+from buffer.model.position import pack
+from buffer.model.record import Record, decode_entry
 from buffer.store import items
-from buffer.store.items import DeadLetter, NewConversation, Row
+from buffer.store.items import DeadLetter, NewConversation
 from buffer.store.pool import Connection, Database, DuplicateRows, StoreRefused
 from buffer.store.shards import advance
 
@@ -55,19 +56,23 @@ class Writer:
         letters: list[DeadLetter] = []
         try:
             async with self._database.transaction() as connection:
-                rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
-                await items.copy_encoded(connection, rows)
-                await self._finish(connection, batch, new)
+                await self._write(connection, batch, new)
         except DuplicateRows:
-            # A COPY is all or nothing: write the batch again, leaving out what is there.
+            # Somebody repeated an id after the idempotency window. A COPY is all or nothing: once more,
+            # without the repeats.
             async with self._database.transaction() as connection:
-                letters = await self._insert_one_by_one(connection, batch.rows())
-                await self._finish(connection, batch, new)
+                batch, letters = await self._without_repeats(connection, batch)
+                try:
+                    await self._write(connection, batch, new)
+                except DuplicateRows as error:
+                    raise StoreRefused(f"{error}; it will be looked up once more") from error
         if letters:
             self._metrics["dead_lettered_turns_total"].inc(len(letters))
         self._remember(new)
 
-    async def _finish(self, connection: Connection, batch: Batch, new: Sequence[NewConversation]) -> None:
+    async def _write(self, connection: Connection, batch: Batch, new: Sequence[NewConversation]) -> None:
+        rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
+        await items.copy_encoded(connection, rows)
         if cuts := batch.cuts():
             await items.remove_between(connection, cuts)
         if new:
@@ -78,40 +83,34 @@ class Writer:
         if fenced:
             raise Fenced(fenced)
 
-    async def _insert_one_by_one(self, connection: Connection, rows: list[Row]) -> list[DeadLetter]:
-        """Insert what is new; an equal repeat is left out, an unequal one becomes a dead letter."""
-        try:
-            stored = await items.insert_new(connection, rows)
-        except DuplicateRows as error:
-            raise StoreRefused(f"a position is taken by another item: {error}") from error
-        repeats = [row for row in rows if (row.tenant, row.conversation, row.position) not in stored]
-        if not repeats:
-            return []
-        there = await items.present(connection, [(r.tenant, r.conversation, r.item_id) for r in repeats])
+    async def _without_repeats(self, connection: Connection, batch: Batch) -> tuple[Batch, list[DeadLetter]]:
+        """Leave out entries whose id is stored; an unequal one becomes a dead letter."""
+        fresh = [(part, decode_entry(*entry.raw)) for part in batch.parts for entry in part.fresh()]
+        stored: dict[tuple[str, str, str], tuple[int | None, str | None]] = {
+            **await items.present(connection, [record.identity for _, record in fresh])
+        }
+        repeats: dict[int, set[int]] = {}
         letters = []
-        for row in repeats:
-            position, data = there[row.tenant, row.conversation, row.item_id]
-            if position == row.position or row.data is None:
+        for part, record in fresh:
+            position = pack(part.owned.path_epoch, record.sequence)
+            first, data = stored.setdefault(record.identity, (None, record.data.decode()))
+            if first is None:  # not stored; the next entry of this id, if there is one, is a repeat
+                stored[record.identity] = (position, data)
                 continue
-            if data is not None and equal_as_json(row.data, data):
-                self._metrics["repeated_turns_total"].inc()
-                continue
-            reason = (
-                "the id belongs to a removed item" if data is None else "the id is stored with another body"
-            )
-            letters.append(
-                DeadLetter(
-                    row.tenant,
-                    row.conversation,
-                    row.item_id,
-                    row.position,
-                    row.data.encode(),
-                    f"{reason} (position {position})",
-                )
-            )
+            repeats.setdefault(part.owned.shard, set()).add(record.sequence)
+            if first != position:
+                letters += self._unequal(record, position, first, data)
         if letters:
             await items.add_dead_letters(connection, letters)
-        return letters
+        return batch.without({shard: frozenset(found) for shard, found in repeats.items()}), letters
+
+    def _unequal(self, record: Record, position: int, first: int, data: str | None) -> list[DeadLetter]:
+        if data is not None and equal_as_json(record.data, data):
+            self._metrics["repeated_turns_total"].inc()
+            return []
+        reason = "belongs to a removed item" if data is None else "is stored with another body"
+        reason = f"the id {reason}, at position {first}"
+        return [DeadLetter(*record.identity, position, record.data, reason)]
 
     def _new_conversations(self, batch: Batch) -> list[NewConversation]:
         """Conversations that may have no row yet, or whose user was not known before."""

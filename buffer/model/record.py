@@ -22,6 +22,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from buffer.errors import BufferError
 from buffer.model.position import MAX_POSITION
 
 FORMAT_VERSION = "1"
@@ -33,7 +34,7 @@ _is_header = re.compile(
 ).fullmatch
 
 
-class UnknownRecordFormat(ValueError):
+class UnknownRecordFormat(BufferError):
     """A header of a newer format version, or one that is damaged."""
 
 
@@ -55,6 +56,11 @@ class Record:
     def conversation_key(self) -> str:
         """``tenant/conversation``."""
         return f"{self.tenant}/{self.conversation}"
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What makes an item the same item: tenant, conversation, item id."""
+        return self.tenant, self.conversation, self.item_id
 
     @property
     def created_at(self) -> datetime:

@@ -5,10 +5,10 @@ flushed-through position F, which a read gets in the same snapshot as the rows. 
 so it holds every entry that Postgres did not have then. Hence:
 
 * tail entries at or before F are in Postgres, or were removed there: Postgres has the last word;
-* tail entries after F are in no row: they are added, in order, with the removals that they carry.
+* tail entries after F are in no row: they are added, in order, with the removals that they carry;
+* unless their id is stored already: a repeat that came after the idempotency window counts for nothing.
 
-The result is one prefix of the conversation, whatever was flushed between the two reads. An id can
-still meet itself when a repeat came after the idempotency window: the first one stays.
+The result is one prefix of the conversation, whatever was flushed between the two reads.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def visible(position: int, removed: Sequence[Removal]) -> bool:
 
 
 def unflushed(pending: Sequence[Pending], flushed_through: int) -> list[Pending]:
-    """The tail entries that Postgres does not have, without those that later ones remove."""
+    """The tail entries after a position, without those that later ones remove."""
     removed = removals(pending)
     return [p for p in pending if p.position > flushed_through and visible(p.position, removed)]
 
@@ -63,8 +63,12 @@ def between(pending: Sequence[Pending], after: int, before: int) -> list[Pending
 
 
 def new_in_tail(pending: Sequence[Pending], flushed_through: int, known: Container[str]) -> list[Pending]:
-    """What the tail adds to what Postgres has; ``known`` are those of its ids that are stored already."""
-    return [p for p in unflushed(pending, flushed_through) if p.item_id not in known]
+    """What the tail adds to what Postgres has; ``known`` are those of its ids that are stored already.
+
+    A repeat that came after the idempotency window adds nothing, and removes nothing either: its first
+    appearance did.
+    """
+    return unflushed([p for p in pending if p.item_id not in known], flushed_through)
 
 
 def newest_page(stored: Sequence[_T], new: Sequence[_T], limit: int) -> tuple[list[_T], bool]:

@@ -28,7 +28,7 @@ from buffer.policy.merge import (
     unflushed,
     visible,
 )
-from buffer.store.items import ItemReader, Slice, StoredItem, Unflushed, Where
+from buffer.store.items import ItemReader, Slice, StoredItem, Where
 from buffer.stream.shards import Refused, Shards
 
 _T = TypeVar("_T")
@@ -44,9 +44,7 @@ class _Tail:
 
     records: dict[int, Record]
     pending: list[Pending]
-
-    def for_store(self) -> Unflushed:
-        return Unflushed(removals(self.pending), [p.item_id for p in self.pending])
+    whole: bool = False
 
 
 class Reader:
@@ -85,12 +83,14 @@ class Reader:
 
         async def find() -> int | None:
             tail = await self._tail(self._where(tenant, conversation, 0, MAX_POSITION), enough=None)
-            removed = removals(tail.pending)
-            for pending in tail.pending:
-                if pending.item_id == item_id:
-                    return pending.position if visible(pending.position, removed) else None
-            position = await self._items.position_of(tenant, conversation, item_id)
-            return position if position is not None and visible(position, removed) else None
+            ids = [item_id, *(p.item_id for p in tail.pending)]
+            stored = await self._items.positions(tenant, conversation, ids)
+            fresh = [p for p in tail.pending if p.item_id not in stored]  # the rest are repeats, or flushed
+            if item_id in stored:
+                position, removed = stored[item_id]
+            else:
+                position, removed = next((p.position for p in fresh if p.item_id == item_id), 0), False
+            return position if position and not removed and visible(position, removals(fresh)) else None
 
         return await self._again_if_refused(find)
 
@@ -102,11 +102,10 @@ class Reader:
         began = time.perf_counter()
         wanted = limit + 1  # one more tells whether there are more
         tail = await self._tail(where, enough=wanted)
-        kept = _counting(tail, where)
-        if len(kept) >= wanted:  # the picture of the tail alone is the newest part of one prefix
-            self._observe("tail", began)
-            return [_from_tail(tail, p) for p in kept[-limit:]], True
-        stored = await self._items.newest(where, wanted, tail.for_store())
+        stored = await self._items.newest(where, wanted, tail.pending)
+        if stored.known and not tail.whole:  # some of what seemed enough does not count
+            tail = await self._tail(where, enough=None)
+            stored = await self._items.newest(where, wanted, tail.pending)
         older = [_from_store(row) for row in reversed(stored.items)]
         newer = _new_in_tail(tail, stored, where)
         self._observe("merged", began)
@@ -115,7 +114,7 @@ class Reader:
     async def _oldest(self, where: Where, limit: int) -> tuple[list[Item], bool]:
         began = time.perf_counter()
         tail = await self._tail(where, enough=None)
-        stored = await self._items.oldest(where, limit + 1, tail.for_store())
+        stored = await self._items.oldest(where, limit + 1, tail.pending)
         older = [_from_store(row) for row in stored.items]
         newer = _new_in_tail(tail, stored, where) if len(older) <= limit else []
         self._observe("merged", began)
@@ -137,6 +136,7 @@ class Reader:
             tail.records.update(zip((p.position for p in older), chunk.records, strict=True))
             tail.pending = older + tail.pending
             if chunk.older is None:
+                tail.whole = True
                 return tail
             if enough is not None and len(_counting(tail, where)) >= enough:
                 return tail

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from buffer.policy.merge import Removal
+from buffer.policy.merge import Pending
 from buffer.store import copy_format, queries
 from buffer.store.pool import Connection, Database, translated
 
@@ -78,14 +78,6 @@ class Where(NamedTuple):
 
 
 @dataclass(slots=True, frozen=True)
-class Unflushed:
-    """What a read knows of the tail when it asks Postgres: removals to honour, ids to look for."""
-
-    removals: Sequence[Removal]
-    ids: Sequence[str]
-
-
-@dataclass(slots=True, frozen=True)
 class Slice:
     """Items in the order of the query, and how far their shard was flushed in the same snapshot.
 
@@ -103,15 +95,16 @@ class ItemReader:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def newest(self, where: Where, limit: int, pending: Unflushed) -> Slice:
-        """Up to ``limit`` items, newest first."""
+    async def newest(self, where: Where, limit: int, pending: Sequence[Pending]) -> Slice:
+        """Up to ``limit`` items, newest first; ``pending`` is the unflushed tail as it was read before."""
         return await self._slice("newest", where, limit, pending)
 
-    async def oldest(self, where: Where, limit: int, pending: Unflushed) -> Slice:
-        """Up to ``limit`` items, oldest first."""
+    async def oldest(self, where: Where, limit: int, pending: Sequence[Pending]) -> Slice:
+        """Up to ``limit`` items, oldest first; ``pending`` as in `newest`."""
         return await self._slice("oldest", where, limit, pending)
 
-    async def _slice(self, query: str, where: Where, limit: int, pending: Unflushed) -> Slice:
+    async def _slice(self, query: str, where: Where, limit: int, pending: Sequence[Pending]) -> Slice:
+        removing = [p for p in pending if p.replace_after is not None]
         async with self._database.connection() as connection:
             rows = await connection.fetch(
                 _SQL[query],
@@ -121,9 +114,10 @@ class ItemReader:
                 where.before,
                 limit,
                 where.shard,
-                [removal.after for removal in pending.removals],
-                [removal.before for removal in pending.removals],
-                pending.ids,
+                [p.replace_after for p in removing],
+                [p.position for p in removing],
+                [p.item_id for p in removing],
+                [p.item_id for p in pending],
             )
         return Slice(
             rows[0]["flushed_through"],
@@ -141,13 +135,13 @@ class ItemReader:
             position: int | None = await connection.fetchval(_SQL["last_position"], tenant, conversation)
         return position
 
-    async def position_of(self, tenant: str, conversation: str, item_id: str) -> int | None:
-        """Where an item stands in Postgres."""
+    async def positions(
+        self, tenant: str, conversation: str, item_ids: Sequence[str]
+    ) -> dict[str, tuple[int, bool]]:
+        """(position, whether it was removed) of those items that are in Postgres."""
         async with self._database.connection() as connection:
-            position: int | None = await connection.fetchval(
-                _SQL["position_of"], tenant, conversation, item_id
-            )
-        return position
+            rows = await connection.fetch(_SQL["positions"], tenant, conversation, item_ids)
+        return {r["item_id"]: (r["position"], r["removed"]) for r in rows}
 
 
 async def copy_rows(connection: Connection, rows: Iterable[Row]) -> None:
@@ -175,14 +169,6 @@ async def _chunks(rows: Iterable[bytes]) -> AsyncIterator[bytes]:
             await asyncio.sleep(0)
     piece += copy_format.TRAILER
     yield bytes(piece)
-
-
-async def insert_new(connection: Connection, rows: Sequence[Row]) -> set[tuple[str, str, int]]:
-    """The slow path: rows whose id is free; (tenant, conversation, position) of those stored."""
-    columns = list(zip(*rows, strict=True))
-    with translated():
-        stored = await connection.fetch(_SQL["insert_new"], *columns)
-    return {(r["tenant"], r["conversation"], r["position"]) for r in stored}
 
 
 async def present(

@@ -12,7 +12,7 @@ import itertools
 import logging
 
 from buffer.errors import BufferError, RedisUnavailable
-from buffer.model.position import epoch_of, pack
+from buffer.model.position import epoch_of, pack, sequence_of
 from buffer.stream.client import RedisClient
 from buffer.stream.shards import Shards
 
@@ -22,38 +22,44 @@ _POLL_SECONDS = 0.1
 _RESUBSCRIBE_SECONDS = 0.5
 
 
+# Position, a number that keeps the heap from comparing futures, and who waits.
+_Waiter = tuple[int, int, "asyncio.Future[None]"]
+
+
 class Marks:
     """Flushed-through positions of all shards."""
 
     def __init__(self, client: RedisClient, shards: Shards) -> None:
         self._client = client
         self._shards = shards
-        self._through = [0] * len(shards.keys)
-        self._waiters: list[list[tuple[int, int, asyncio.Future[None]]]] = [[] for _ in shards.keys]
+        self._through = [(0, -1)] * len(shards.keys)  # epoch, sequence
+        self._waiters: list[list[_Waiter]] = [[] for _ in shards.keys]
         self._order = itertools.count()
         self._someone_waits = asyncio.Event()
         self._closed = False
 
-    def through(self, shard: int) -> int:
-        """The last position that is known to be flushed."""
-        return self._through[shard]
-
     def update(self, shard: int, epoch: int, sequence: int) -> None:
-        """Learn a mark. An older one of the same epoch changes nothing."""
-        through = pack(epoch, sequence)
-        if through <= self._through[shard]:
+        """Learn a mark. An older one changes nothing.
+
+        It says nothing of positions of other epochs, so those who wait for one go on waiting.
+        """
+        if (epoch, sequence) <= self._through[shard]:
             return
-        self._through[shard] = through
+        self._through[shard] = (epoch, sequence)
+        first, last = pack(epoch, 0), pack(epoch, sequence)
         waiters = self._waiters[shard]
-        while waiters and waiters[0][0] <= through:
-            _, _, future = heapq.heappop(waiters)
-            if not future.done():
-                future.set_result(None)
+        others: list[_Waiter] = []
+        while waiters and waiters[0][0] <= last:
+            waiter = heapq.heappop(waiters)
+            if waiter[0] < first:
+                others.append(waiter)
+            elif not waiter[2].done():
+                waiter[2].set_result(None)
+        for waiter in others:
+            heapq.heappush(waiters, waiter)
 
     async def wait(self, shard: int, position: int) -> None:
         """Return once ``position`` of the shard is flushed; nudges whoever flushes it.
-
-        A mark releases only waiters of its own epoch: what became of an older one, it does not say.
 
         Raises:
             RedisUnavailable: this process closes.
@@ -72,7 +78,8 @@ class Marks:
         await future
 
     def _reached(self, shard: int, position: int) -> bool:
-        return position <= self._through[shard] and epoch_of(position) == epoch_of(self._through[shard])
+        epoch, sequence = self._through[shard]
+        return epoch_of(position) == epoch and sequence_of(position) <= sequence
 
     async def run(self) -> None:
         """Keep the marks fresh until cancelled; who waits then is told that nobody will tell."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import asyncpg
 import pytest
 
-from buffer import Buffer, OutcomeUnknown, RedisUnavailable, Settings
+from buffer import Buffer, OutcomeUnknown, PreconditionFailed, RedisUnavailable, Settings
 from tests.support.ledger import in_postgres, in_reads
 from tests.support.load import under_load
 from tests.support.polling import eventually
 from tests.support.proxy import Fault, Proxy, proxied
 
 pytestmark = pytest.mark.attack
+
+_ANSWERED = """
+select from pg_stat_activity
+where datname = current_database() and state = 'idle' and query like '%select max(position)%'
+"""
 
 
 @pytest.fixture
@@ -117,6 +122,44 @@ async def test_cuts_under_load_lose_and_double_nothing(
     await far.flush()
     assert not load.ledger.faults(await in_postgres(postgres))
     assert not load.ledger.faults(await in_reads(far, load.ledger.conversations))
+
+
+@pytest.mark.parametrize("fault", Fault)
+async def test_appends_begun_in_order_stay_in_order_when_their_connection_breaks(
+    far: Buffer, proxy: Proxy, fault: Fault
+) -> None:
+    """What is sent again goes before what came later, in its old order."""
+    conversation = far.conversation("c")
+    proxy.once(fault)
+    appends = (conversation.append({"n": number}) for number in range(300))
+    receipts = await asyncio.gather(*appends)
+    assert proxy.struck.is_set()
+    positions = [receipt.position for receipt in receipts]
+    assert positions == sorted(positions)
+    assert [item["n"] for item in (await conversation.items(limit=1_000)).items] == list(range(300))
+
+
+async def test_if_match_that_postgres_answered_too_early_does_not_pass(
+    buffer: Buffer, settings: Settings, postgres: asyncpg.Connection
+) -> None:
+    """The last position is read in Postgres; before that answer arrives, another append is flushed."""
+    conversation = buffer.conversation("c")
+    first = await conversation.append({"n": 1}, durability="stored")
+    directory = unquote(settings.postgres_url.partition("?host=")[2])
+    async with proxied(Path(directory) / ".s.PGSQL.5432") as proxy:
+        url = f"postgresql://postgres@127.0.0.1:{proxy.port}/{settings.key_prefix}?sslmode=disable"
+        async with Buffer.connect(settings, postgres=url) as slow:
+            with pytest.raises(PreconditionFailed):  # its connection knows the statement from now on
+                await slow.conversation("c").append({"n": 2}, if_match=first.position - 1)
+            proxy.stall_replies()
+            late = asyncio.create_task(slow.conversation("c").append({"n": 2}, if_match=first.position))
+            await eventually(lambda: postgres.fetch(_ANSWERED))
+            other = await conversation.append({"n": 3}, durability="stored")
+            proxy.resume()
+            with pytest.raises(PreconditionFailed) as caught:
+                await late
+            assert caught.value.last_position == other.position
+    assert [item["n"] for item in (await conversation.items()).items] == [1, 3]
 
 
 async def test_slow_network_keeps_order(far: Buffer, proxy: Proxy) -> None:

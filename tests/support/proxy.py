@@ -41,8 +41,9 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._connections: set[_Connection] = set()
         self._serving: set[asyncio.Task[None]] = set()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
+        self._requests_flow = asyncio.Event()
+        self._replies_flow = asyncio.Event()
+        self.resume()
         self._armed: tuple[Fault, bytes] | None = None
         self.delay_seconds = 0.0  # of every piece, each way
         self.refusing = False  # new connections are closed at once
@@ -60,11 +61,17 @@ class Proxy:
 
     def stall(self) -> None:
         """Keep connections open, and let nothing through either way."""
-        self._flowing.clear()
+        self._requests_flow.clear()
+        self._replies_flow.clear()
+
+    def stall_replies(self) -> None:
+        """Let requests through, and hold every answer back."""
+        self._replies_flow.clear()
 
     def resume(self) -> None:
         """Let what was held back go on."""
-        self._flowing.set()
+        self._requests_flow.set()
+        self._replies_flow.set()
 
     def cut_all(self) -> None:
         """Reset every open connection."""
@@ -122,7 +129,7 @@ class Proxy:
             while piece := await reader.read(CHUNK):
                 if self.delay_seconds:
                     await asyncio.sleep(self.delay_seconds)
-                await self._flowing.wait()
+                await (self._requests_flow if requests else self._replies_flow).wait()
                 if requests and await self._strike(piece, writer, connection):
                     break
                 if not requests and connection.cut_at_reply:

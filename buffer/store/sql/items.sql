@@ -2,12 +2,13 @@
 
 -- name: newest
 -- The newest items between two positions, newest first. One row of NULLs where there are none.
--- $1 tenant, $2 conversation, $3 after, $4 before (excluded), $5 limit, $6 shard, $7 $8 removals that are
--- not flushed yet (after, before), $9 ids that are not flushed yet; `known` tells which are repeats
+-- $1 tenant, $2 conversation, $3 after, $4 before (excluded), $5 limit, $6 shard, $7 $8 $9 removals that
+-- are not flushed yet (after, before, by which item), $10 ids that are not flushed yet; `known` tells which
+-- of them are stored: what came before its flush, or a repeat, which removes nothing
 select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     array(
         select item_id from buffer.items
-        where tenant = $1 and conversation = $2 and item_id = any($9::text[])
+        where tenant = $1 and conversation = $2 and item_id = any($10::text[])
     ) as known
 from buffer.shards s
 left join lateral (
@@ -15,8 +16,12 @@ left join lateral (
     from buffer.items
     where tenant = $1 and conversation = $2 and position > $3 and position < $4 and data is not null
       and not exists (
-        select from unnest($7::bigint[], $8::bigint[]) as removal (after, before)
+        select from unnest($7::bigint[], $8::bigint[], $9::text[]) as removal (after, before, by_id)
         where position > removal.after and position < removal.before
+          and not exists (
+            select from buffer.items
+            where tenant = $1 and conversation = $2 and item_id = removal.by_id
+          )
       )
     order by position desc
     limit $5
@@ -30,7 +35,7 @@ order by i.position desc
 select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     array(
         select item_id from buffer.items
-        where tenant = $1 and conversation = $2 and item_id = any($9::text[])
+        where tenant = $1 and conversation = $2 and item_id = any($10::text[])
     ) as known
 from buffer.shards s
 left join lateral (
@@ -38,8 +43,12 @@ left join lateral (
     from buffer.items
     where tenant = $1 and conversation = $2 and position > $3 and position < $4 and data is not null
       and not exists (
-        select from unnest($7::bigint[], $8::bigint[]) as removal (after, before)
+        select from unnest($7::bigint[], $8::bigint[], $9::text[]) as removal (after, before, by_id)
         where position > removal.after and position < removal.before
+          and not exists (
+            select from buffer.items
+            where tenant = $1 and conversation = $2 and item_id = removal.by_id
+          )
       )
     order by position
     limit $5
@@ -52,19 +61,10 @@ order by i.position
 -- $1 tenant, $2 conversation
 select max(position) from buffer.items where tenant = $1 and conversation = $2
 
--- name: position_of
--- The position of an item that is not removed.
--- $1 tenant, $2 conversation, $3 item id
-select position from buffer.items
-where tenant = $1 and conversation = $2 and item_id = $3 and data is not null
-
--- name: insert_new
--- The slow path of a flush: rows whose id is taken are left out. Returns the positions that were stored.
--- $1 tenants, $2 conversations, $3 positions, $4 item ids, $5 times, $6 data
-insert into buffer.items (tenant, conversation, position, item_id, created_at, data)
-select * from unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[], $6::json[])
-on conflict (tenant, conversation, item_id) do nothing
-returning tenant, conversation, position
+-- name: positions
+-- Where items of a conversation stand. $1 tenant, $2 conversation, $3 item ids
+select item_id, position, data is null as removed from buffer.items
+where tenant = $1 and conversation = $2 and item_id = any($3::text[])
 
 -- name: present
 -- What is stored under these ids.
