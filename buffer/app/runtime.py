@@ -83,7 +83,6 @@ class Runtime:
             self.metrics,
             most_operations=settings.append_queue_max,
             most_bytes=settings.append_queue_max_bytes,
-            limit_seconds=settings.append_timeout_seconds,
         )
         self.appender = Appender(settings, self.coalescer, self.shards, self.marks, self.items, self.metrics)
         self.reader = Reader(self.shards, self.path, self.items, self.metrics)

@@ -12,6 +12,7 @@ Postgres knows is not stored a second time.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -57,7 +58,6 @@ class Coalescer:
         *,
         most_operations: int,
         most_bytes: int,
-        limit_seconds: float,
     ) -> None:
         self._link = link
         self._keys = keys
@@ -66,9 +66,7 @@ class Coalescer:
         self._metrics = metrics
         self._most_operations = most_operations
         self._most_bytes = most_bytes
-        self._limit_seconds = limit_seconds
         self._queue: deque[Operation] = deque()
-        self._expiring: deque[Operation] = deque()  # those with the usual limit, oldest first
         self._under_way: deque[list[_Call]] = deque()
         self._to_send = asyncio.Event()
         self._to_receive = asyncio.Event()
@@ -98,10 +96,6 @@ class Coalescer:
             )
         self.operations += 1
         self.bytes += operation.nbytes
-        if operation.limit_seconds == self._limit_seconds:
-            self._expiring.append(operation)
-        else:
-            self._loop.call_at(operation.began + operation.limit_seconds, operation.expire)
         self._queue.append(operation)
         self._to_send.set()
         return operation.future
@@ -294,14 +288,15 @@ class Coalescer:
 
     async def _expire(self) -> None:
         """End operations whose time is up. A timer for each would cost more than the rest of the queue."""
-        expiring = self._expiring
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             answered, self._answered = self._answered / _SWEEP_SECONDS, 0
             self._answered_per_second += 0.2 * (answered - self._answered_per_second)
             now = self._loop.time()
-            while expiring and (expiring[0].future.done() or expiring[0].began + self._limit_seconds <= now):
-                expiring.popleft().expire()
+            under_way = [operations for calls in self._under_way for _, _, operations in calls]
+            for operation in itertools.chain(self._queue, self._parked, *under_way):
+                if operation.began + operation.limit_seconds <= now:
+                    operation.expire()
 
 
 def _closing(operation: Operation | None = None) -> BufferError:

@@ -72,7 +72,7 @@ class Writer:
 
     async def _write(self, connection: Connection, batch: Batch, new: Sequence[NewConversation]) -> None:
         rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
-        await items.copy_encoded(connection, rows)
+        await items.copy_encoded(connection, rows, self._database.timeout_seconds)
         if cuts := batch.cuts():
             await items.remove_between(connection, cuts)
         if new:

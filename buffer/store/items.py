@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from buffer.policy.merge import Pending
 from buffer.store import copy_format, queries
-from buffer.store.pool import Connection, Database, translated
+from buffer.store.pool import Connection, Database, bounded, translated
 
 _SQL = queries.load("items")
 _COLUMNS = ("tenant", "conversation", "position", "item_id", "created_at", "data")
@@ -147,15 +147,19 @@ class ItemReader:
 async def copy_rows(connection: Connection, rows: Iterable[Row]) -> None:
     """The fast path: all rows or an error (`DuplicateRows` where an id is taken)."""
     with translated():
-        await connection.copy_records_to_table("items", schema_name="buffer", columns=_COLUMNS, records=rows)
+        async with bounded(connection):
+            await connection.copy_records_to_table(
+                "items", schema_name="buffer", columns=_COLUMNS, records=rows
+            )
 
 
-async def copy_encoded(connection: Connection, rows: Iterable[bytes]) -> None:
+async def copy_encoded(connection: Connection, rows: Iterable[bytes], timeout_seconds: float) -> None:
     """The same for rows that are encoded already, see `buffer.store.copy_format`."""
     with translated():
-        await connection.copy_to_table(
-            "items", schema_name="buffer", columns=_COLUMNS, source=_chunks(rows), format="binary"
-        )
+        async with bounded(connection, timeout_seconds):
+            await connection.copy_to_table(
+                "items", schema_name="buffer", columns=_COLUMNS, source=_chunks(rows), format="binary"
+            )
 
 
 async def _chunks(rows: Iterable[bytes]) -> AsyncIterator[bytes]:

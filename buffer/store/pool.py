@@ -49,6 +49,34 @@ def translated() -> Iterator[None]:
         raise PostgresUnavailable(f"Postgres: {error or type(error).__name__}", retry_after=1.0) from error
 
 
+@asynccontextmanager
+async def bounded(connection: Connection, seconds: float | None = None) -> AsyncIterator[None]:
+    """End a COPY after ``seconds``, or with its connection; then the connection is gone too.
+
+    While flow control holds a COPY back, the driver waits for nothing else: its own time limit and the
+    loss of the connection pass unnoticed, and it would wait for ever (asyncpg 0.32).
+
+    Raises:
+        TimeoutError: either.
+    """
+    loop = asyncio.get_running_loop()
+
+    def lost(_: object) -> None:
+        if not bound.expired():
+            bound.reschedule(loop.time())
+
+    try:
+        async with asyncio.timeout(seconds) as bound:
+            connection.add_termination_listener(lost)
+            try:
+                yield
+            finally:
+                connection.remove_termination_listener(lost)
+    except TimeoutError:
+        connection.terminate()
+        raise
+
+
 class Database:
     """A pool that makes its connections when they are needed, so that Postgres may be down at the start.
 
@@ -61,6 +89,7 @@ class Database:
         self._application_name = application_name
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self.on_query: Callable[[], None] | None = None
+        self.timeout_seconds = settings.postgres_timeout_seconds
 
     async def open(self) -> None:
         """Make the pool; no connection yet."""
