@@ -13,7 +13,7 @@ from buffer import Buffer, Receipt, Settings
 
 pytestmark = pytest.mark.attack
 
-SECONDS = float(os.environ.get("BUFFER_TEST_READER_SECONDS", "10"))
+SECONDS = float(os.environ.get("BUFFER_TEST_READER_SECONDS", "30"))
 POLL_SECONDS = 0.02
 
 
