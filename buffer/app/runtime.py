@@ -51,8 +51,8 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
 
 
 @asynccontextmanager
-async def _database(settings: Settings) -> AsyncIterator[Database]:
-    database = Database(settings, "buffer:command")
+async def _database(settings: Settings, name: str = "buffer:command") -> AsyncIterator[Database]:
+    database = Database(settings, name)
     await database.open()
     try:
         yield database
@@ -68,7 +68,7 @@ class Runtime:
         self.metrics = Metrics()
         self.client = RedisClient(settings)
         self.flusher_id = make_flusher_id()
-        self.database = Database(settings, application_name(self.flusher_id))
+        self.database = Database(settings, "buffer")
         self.store = ShardStore(self.database)
         self.path = Path(self.store)
         self.calls = Calls(self.client.link())
@@ -104,7 +104,7 @@ class Runtime:
                 tasks.start_soon(runtime.calls.run)
                 tasks.start_soon(runtime.marks.run)
                 tasks.start_soon(runtime.coalescer.run)
-                async with runtime._flushing() if flusher else contextlib.nullcontext():
+                async with runtime.flushing() if flusher else contextlib.nullcontext():
                     await runtime.path.refresh()
                     await runtime._granted(wait=flusher)
                     yield runtime
@@ -115,14 +115,22 @@ class Runtime:
                 await runtime.database.close()
 
     @asynccontextmanager
-    async def _flushing(self) -> AsyncIterator[None]:
-        flusher = self.make_flusher()
-        async with anyio.create_task_group() as tasks:
-            await tasks.start(lambda *, task_status: flusher.run(task_status=task_status))
-            try:
-                yield
-            finally:
-                flusher.stop()
+    async def flushing(self) -> AsyncIterator[Flusher]:
+        """A flusher at work; at the end a last flush, and its shards are handed over.
+
+        It has connections of its own: a successor that finds its leases expired ends them, and must not
+        hit this process's reads.
+        """
+        async with _database(self.settings, application_name(self.flusher_id)) as database:
+            flusher = Flusher(
+                self.settings, self.client, self.shards, database, self.metrics, self.flusher_id
+            )
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(lambda *, task_status: flusher.run(task_status=task_status))
+                try:
+                    yield flusher
+                finally:
+                    flusher.stop()
 
     async def flush(self) -> None:
         """Return once everything that was acked before is in Postgres."""
@@ -135,10 +143,6 @@ class Runtime:
                 if backlog.epoch is not None and backlog.turns
             )
         )
-
-    def make_flusher(self) -> Flusher:
-        """A flusher over this process's connections."""
-        return Flusher(self.settings, self.client, self.shards, self.database, self.metrics, self.flusher_id)
 
     async def _granted(self, *, wait: bool) -> None:
         """With a flusher of our own, wait until it has opened every shard that it could claim."""

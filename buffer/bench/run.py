@@ -210,18 +210,12 @@ async def flush(bench: Bench) -> list[Result]:
 async def _drain(bench: Bench) -> float:
     """Rows a second from the first fetch until Redis has forgotten the last one."""
     async with Runtime.open(bench.settings, flusher=False) as runtime:
-        worker = runtime.make_flusher()
         backlogs = await runtime.shards.peek(range(bench.settings.shards))
         waiting = sum(backlog.turns for backlog in backlogs)
-        async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(worker.run())
-            while len(worker.held) < bench.settings.shards:
-                await asyncio.sleep(0.001)
+        async with runtime.flushing():  # its first claim was tried, and its first fetch comes next
             began = time.perf_counter()
             await runtime.flush()
             seconds = time.perf_counter() - began
-            worker.stop()
-            await running
     return waiting / seconds
 
 

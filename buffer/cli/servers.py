@@ -111,10 +111,8 @@ async def _flush_until(stop: anyio.Event, settings: Settings) -> None:
 async def _flush(runtime: Runtime, stop: anyio.Event) -> None:
     settings = runtime.settings
     served = runtime.metrics.serve(settings.host, settings.metrics_port) if settings.metrics_port else None
-    worker = runtime.make_flusher()
     try:
-        async with anyio.create_task_group() as tasks:
-            await tasks.start(lambda *, task_status: worker.run(task_status=task_status))
+        async with runtime.flushing() as worker:
             _log.info(
                 "flusher %s holds shards %s%s",
                 worker.id,
@@ -122,7 +120,6 @@ async def _flush(runtime: Runtime, stop: anyio.Event) -> None:
                 f", metrics on http://{settings.host}:{served[0]}/metrics" if served else "",
             )
             await stop.wait()
-            worker.stop()
     finally:
         if served is not None:
             runtime.metrics.stop_serving(served[1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from buffer.model.position import pack
-from buffer.model.record import split_header
+from buffer.model.record import UnknownRecordFormat, split_header
 from buffer.policy.merge import Removal
 from buffer.store.copy_format import encode_row
 from buffer.store.items import Cut
@@ -32,20 +32,19 @@ class Entry(NamedTuple):
         return int(self.parts[7]) if self.parts[7] else None
 
 
-def decode(entries: Iterable[RawEntry]) -> list[Entry]:
-    """Split the headers.
-
-    Raises:
-        UnknownRecordFormat: an entry of a newer release.
-    """
-    decoded = []
+def decode(entries: Iterable[RawEntry]) -> tuple[list[Entry], UnknownRecordFormat | None]:
+    """The entries with their headers split, up to one of a newer release; and what was met there."""
+    decoded: list[Entry] = []
     for raw in entries:
-        parts = split_header(raw)
+        try:
+            parts = split_header(raw)
+        except UnknownRecordFormat as error:
+            return decoded, error
         entry_id = raw[0]
         decoded.append(
             Entry(int(entry_id[entry_id.index(b"-") + 1 :]), b"%b/%b" % (parts[2], parts[3]), raw, parts)
         )
-    return decoded
+    return decoded, None
 
 
 @dataclass(slots=True)

@@ -16,25 +16,25 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
 
 import anyio
 
 from buffer.errors import BufferError, PostgresUnavailable, Unavailable
 from buffer.faults import armed, crash_point
 from buffer.flush.batch import Batch, ShardBatch, decode
+from buffer.flush.holdings import Cursor, Holdings
 from buffer.flush.writer import Fenced, Writer
 from buffer.metrics import Metrics
 from buffer.model.ids import uuid7_hex
-from buffer.model.position import epoch_of, pack, sequence_of
-from buffer.model.record import UnknownRecordFormat, batch_continues
+from buffer.model.position import pack
+from buffer.model.record import batch_continues
 from buffer.policy.backoff import full_jitter
 from buffer.policy.triggers import Triggers, fetch_count
 from buffer.settings import Settings
 from buffer.store.pool import Database
-from buffer.store.shards import Owned, ShardStore
+from buffer.store.shards import ShardStore
 from buffer.stream.client import RedisClient
-from buffer.stream.shards import Backlog, RawEntry, Shards
+from buffer.stream.shards import RawEntry, Shards
 
 _log = logging.getLogger(__name__)
 
@@ -42,18 +42,6 @@ _FETCH_CHUNK = 1_000
 _RETRY_FIRST_SECONDS = 0.05
 _RETRY_MOST_SECONDS = 1.0
 _LAST_FLUSH_SECONDS = 15.0
-
-
-@dataclass(slots=True)
-class Cursor:
-    """Where a held shard stands. Sequences of the shard's epoch; -1 is before the first."""
-
-    owned: Owned
-    committed: int  # Postgres has up to here
-    fetched: int  # read from Redis up to here
-    waiting_since: float | None = None
-    held_because: str | None = None
-    backlog: Backlog | None = None
 
 
 def make_flusher_id() -> str:
@@ -77,15 +65,13 @@ class Flusher:
         self._settings = settings
         self._client = client
         self._shards = shards
-        self._store = ShardStore(database)
         self._writer = Writer(database, flusher_id, settings.lease_seconds, metrics)
         self._metrics = metrics
         self._triggers = Triggers(
             settings.flush_max_turns, settings.flush_max_bytes, settings.flush_interval_seconds
         )
         self._tick_seconds = min(0.1, settings.flush_interval_seconds / 5)
-        self._cursors: dict[int, Cursor] = {}
-        self._changing_cursors = asyncio.Lock()
+        self._holdings = Holdings(flusher_id, settings.lease_seconds, shards, ShardStore(database), metrics)
         self._nudged: set[int] = set()
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -94,7 +80,7 @@ class Flusher:
     @property
     def held(self) -> list[int]:
         """The shards that this flusher holds."""
-        return sorted(self._cursors)
+        return sorted(self._holdings.cursors)
 
     def stop(self) -> None:
         """Ask for a last flush, hand the shards over, and return from `run`."""
@@ -104,89 +90,15 @@ class Flusher:
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Flush until `stop`; ``started`` once the first claim was tried."""
         async with anyio.create_task_group() as tasks:
-            await tasks.start(self._hold)
+            await tasks.start(self._keep_shards)
             tasks.start_soon(self._listen)
             task_status.started()
             await self._flush_until_stopped()
-            await self._hand_over()
+            await self._holdings.hand_over()
             tasks.cancel_scope.cancel()
 
-    # --- holding shards
-
-    async def _hold(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Heartbeat; claim a fair share, give back what is more."""
-        started = False
-        while True:
-            try:
-                await self._hold_once()
-            except BufferError as error:
-                _log.warning("flusher %s cannot renew its leases: %s", self.id, error)
-            if not started:
-                started = True
-                task_status.started()
-            await asyncio.sleep(self._settings.lease_seconds / 3)
-
-    async def _hold_once(self) -> None:
-        async with self._changing_cursors:
-            await self._share()
-        self._wakeup.set()
-
-    async def _share(self) -> None:
-        held, fair = await self._store.hold(self.id, self._settings.lease_seconds, len(self._shards.keys))
-        now = {owned.shard: owned for owned in held}
-        for shard in set(self._cursors) - set(now):
-            _log.info("flusher %s lost shard %d", self.id, shard)
-            self._drop(shard)
-        for shard, owned in now.items():
-            known = self._cursors.get(shard)
-            if known is None or known.owned.fence != owned.fence:
-                await self._adopt(owned)
-        for shard in self.held[fair:]:
-            self._drop(shard)
-            await self._store.release(self.id, [shard])
-
-    def _drop(self, shard: int) -> None:
-        self._cursors.pop(shard, None)
-        self._metrics["shard_owned"].labels(shard=shard).set(0)
-
-    async def _adopt(self, owned: Owned) -> None:
-        """Find out where a shard stands in both stores, and open it in Redis if it never was."""
-        (backlog,) = await self._shards.peek([owned.shard])
-        held_because = None
-        if backlog.epoch is None:
-            epoch = await self._store.next_epoch(owned, self.id)
-            if epoch is None:
-                return
-            if owned.flushed_through:
-                _log.error("shard %d: Redis has lost its data; going on in epoch %d", owned.shard, epoch)
-            await self._shards.grant(owned.shard, epoch)
-            owned = owned._replace(path_epoch=epoch)
-            (backlog,) = await self._shards.peek([owned.shard])
-        if backlog.epoch != owned.path_epoch:
-            held_because = f"Redis has epoch {backlog.epoch}, Postgres {owned.path_epoch}"
-            _log.error("shard %d is held: %s", owned.shard, held_because)
-        same_epoch = epoch_of(owned.flushed_through) == owned.path_epoch and owned.flushed_through > 0
-        committed = sequence_of(owned.flushed_through) if same_epoch else -1
-        self._cursors[owned.shard] = Cursor(
-            owned, max(committed, backlog.mark), backlog.mark, held_because=held_because
-        )
-        self._metrics["shard_owned"].labels(shard=owned.shard).set(1)
-
-    async def _resync(self) -> None:
-        """After a failure: go on from where both stores say that they are."""
-        async with self._changing_cursors:
-            self._cursors.clear()
-            await self._share()
-
-    async def _hand_over(self) -> None:
-        with anyio.move_on_after(5, shield=True):
-            try:
-                await self._store.release(self.id, self.held)
-                await self._store.leave(self.id)
-            except BufferError as error:
-                _log.warning("flusher %s leaves its shards to their leases: %s", self.id, error)
-        for shard in self.held:
-            self._drop(shard)
+    async def _keep_shards(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        await self._holdings.keep(self._wakeup, task_status)
 
     async def _listen(self) -> None:
         nudge, _ = self._shards.channels
@@ -225,7 +137,7 @@ class Flusher:
             self._metrics["fenced_flushes_total"].inc()
             _log.warning("flusher %s: %s; its flush was refused", self.id, error)
             for shard in error.shards:
-                self._drop(shard)
+                self._holdings.drop(shard)
         except BufferError as error:
             reason = "redis" if isinstance(error, Unavailable) else "refused"
             reason = "postgres" if isinstance(error, PostgresUnavailable) else reason
@@ -237,7 +149,7 @@ class Flusher:
         self._failures += 1
         await asyncio.sleep(full_jitter(self._failures, _RETRY_FIRST_SECONDS, _RETRY_MOST_SECONDS))
         try:
-            await self._resync()
+            await self._holdings.resync()
         except BufferError as error:
             _log.debug("not synchronized yet: %s", error)
         return False
@@ -246,8 +158,8 @@ class Flusher:
         await self._look()
         now = time.monotonic()
         nudged, self._nudged = self._nudged, set()
-        for cursor in self._cursors.values():
-            if cursor.backlog is None or cursor.held_because:
+        for cursor in self._holdings.cursors.values():
+            if cursor.backlog is None or cursor.held_back:
                 continue
             waited = now - cursor.waiting_since if cursor.waiting_since is not None else 0.0
             nudge = cursor.owned.shard in nudged
@@ -281,13 +193,13 @@ class Flusher:
 
     async def _look(self) -> None:
         """Refresh every held shard's backlog and the gauges."""
-        cursors = list(self._cursors.values())
+        cursors = list(self._holdings.cursors.values())
         if not cursors:
             return
         backlogs = await self._shards.peek([c.owned.shard for c in cursors])
         now_ms, now = time.time() * 1000, time.monotonic()
         for cursor, backlog in zip(cursors, backlogs, strict=True):
-            if backlog.epoch != cursor.owned.path_epoch and not cursor.held_because:
+            if backlog.epoch != cursor.owned.path_epoch and not cursor.held_back:
                 raise Unavailable(f"shard {cursor.owned.shard}: Redis has epoch {backlog.epoch}")
             cursor.backlog = backlog
             if backlog.turns == 0:
@@ -301,7 +213,9 @@ class Flusher:
 
     async def _fetch(self) -> Batch:
         await self._look()
-        cursors = [c for c in self._cursors.values() if c.backlog and c.backlog.turns and not c.held_because]
+        cursors = [
+            c for c in self._holdings.cursors.values() if c.backlog and c.backlog.turns and not c.held_back
+        ]
         waiting = {
             c.owned.shard: c.backlog.turns - (c.fetched - c.backlog.mark) for c in cursors if c.backlog
         }
@@ -355,14 +269,13 @@ class Flusher:
             at = int(chunk[-1][0].split(b"-")[1])
         if not entries:
             return None
-        try:
-            decoded = decode(entries)
-        except UnknownRecordFormat as error:
-            cursor.held_because = str(error)
+        decoded, unknown = decode(entries)
+        if unknown is not None:
             self._metrics["flush_failures_total"].labels(reason="format").inc()
-            _log.error("shard %d is held, a newer release wrote to it: %s", owned.shard, error)
+            cursor.hold_back(f"a newer release wrote to it: {unknown}")
+        if not decoded:
             return None
-        cursor.fetched = at
+        cursor.fetched = decoded[-1].sequence
         return ShardBatch(owned, before, cursor.committed, decoded)
 
     async def _commit(self, batch: Batch) -> None:
@@ -374,7 +287,7 @@ class Flusher:
             self._metrics["flush_duration_seconds"].observe(time.monotonic() - batch.fetched_at)
             self._metrics["last_flush_success_timestamp_seconds"].set_to_current_time()
         for part in batch.parts:
-            cursor = self._cursors.get(part.owned.shard)
+            cursor = self._holdings.cursors.get(part.owned.shard)
             if cursor is not None and cursor.owned.fence == part.owned.fence:
                 cursor.committed = max(cursor.committed, part.through)
 
@@ -385,7 +298,7 @@ class Flusher:
                 await self._shards.settle(part.owned.shard, part.owned.path_epoch, steps[:1])
                 crash_point("flush.between_settles")
             mark = await self._shards.settle(part.owned.shard, part.owned.path_epoch, steps)
-            cursor = self._cursors.get(part.owned.shard)
+            cursor = self._holdings.cursors.get(part.owned.shard)
             if cursor is not None:
                 cursor.waiting_since = None
             if mark < part.through:
