@@ -90,8 +90,8 @@ class Conversation:
             Unavailable: a part of the answer could not be had.
         """
         _check_count(turns, "turns")
-        items, _ = await self._runtime.reader.newest(self.tenant, self.id, turns)
-        return Context(items, items[-1].position if items else None)
+        read = await self._runtime.reader.newest(self.tenant, self.id, turns)
+        return Context(read.items, read.items[-1].position if read.items else None, read.complete)
 
     async def items(
         self,
@@ -120,10 +120,8 @@ class Conversation:
         # The page begins at `after`; without it, and with `before`, it is the page that ends there.
         from_oldest = (order == "asc") == (after is not None or before is None)
         read = self._runtime.reader.oldest if from_oldest else self._runtime.reader.newest
-        items, more = await read(
-            self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high
-        )
-        return Page(items if order == "asc" else items[::-1], more)
+        part = await read(self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high)
+        return Page(part.items if order == "asc" else part.items[::-1], part.more, part.complete)
 
     async def flushed(self, receipt: Receipt, *, timeout: float | None = None) -> None:
         """Return once the receipt's item is committed in Postgres; asks for a flush.

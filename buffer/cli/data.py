@@ -139,7 +139,7 @@ def tail(
 
     async def main() -> None:
         async with Runtime.open(settings, flusher=False) as runtime:
-            items, _ = await runtime.reader.newest(tenant, conversation, lines)
+            items = (await runtime.reader.newest(tenant, conversation, lines)).items
             last = 0
             while True:
                 for item in items:
@@ -148,7 +148,7 @@ def tail(
                 if not follow:
                     return
                 await anyio.sleep(_TAIL_POLL_SECONDS)
-                items, _ = await runtime.reader.oldest(tenant, conversation, 100, last)
+                items = (await runtime.reader.oldest(tenant, conversation, 100, last)).items
 
     run(main)
 

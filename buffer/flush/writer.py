@@ -6,21 +6,23 @@ while a long COPY runs, and a stopped owner does not keep its successor waiting 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from buffer.errors import BufferError
 from buffer.faults import crash_halfway
 from buffer.flush.batch import Batch
+from buffer.flush.misfits import find_misfits
 from buffer.metrics import Metrics
-from buffer.model.codec import equal_as_json
 from buffer.model.ids import conversation_key
-from buffer.model.position import pack
-from buffer.model.record import Record, decode_entry
-from buffer.store import items
-from buffer.store.items import DeadLetter, NewConversation
-from buffer.store.pool import Connection, Database, DuplicateRows, StoreRefused
+from buffer.model.record import decode_entry
+from buffer.store import dead_letters, items
+from buffer.store.items import NewConversation
+from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, StoreRefused
 from buffer.store.shards import advance
+
+_log = logging.getLogger(__name__)
 
 # Conversations whose row is known to exist; forgetting one costs one statement.
 _KNOWN_CONVERSATIONS = 100_000
@@ -50,25 +52,30 @@ class Writer:
         Raises:
             Fenced: a shard is not ours any more; nothing was written.
             PostgresUnavailable: try again; it may be committed all the same, the mark tells.
-            BadRows, StoreRefused: nothing was written.
+            StoreRefused: nothing was written, and somebody has to act.
         """
         new = self._new_conversations(batch)
-        letters: list[DeadLetter] = []
         try:
             async with self._database.transaction() as connection:
                 await self._write(connection, batch, new)
-        except DuplicateRows:
-            # Somebody repeated an id after the idempotency window. A COPY is all or nothing: once more,
-            # without the repeats.
-            async with self._database.transaction() as connection:
-                batch, letters = await self._without_repeats(connection, batch)
-                try:
-                    await self._write(connection, batch, new)
-                except DuplicateRows as error:
-                    raise StoreRefused(f"{error}; it will be looked up once more") from error
-        if letters:
-            self._metrics["dead_lettered_turns_total"].inc(len(letters))
+        except (DuplicateRows, BadRows):
+            await self._write_what_fits(batch, new)
         self._remember(new)
+
+    async def _write_what_fits(self, batch: Batch, new: Sequence[NewConversation]) -> None:
+        """A COPY is all or nothing: once more, without what made it fail."""
+        async with self._database.transaction() as connection:
+            misfits = await find_misfits(connection, batch, self._database.timeout_seconds)
+            if misfits.letters:
+                await dead_letters.add(connection, misfits.letters)
+            try:
+                await self._write(connection, misfits.fitting(batch), new)
+            except (DuplicateRows, BadRows) as error:
+                raise StoreRefused(f"{error}; it will be looked up once more") from error
+        self._metrics["repeated_turns_total"].inc(misfits.equal_repeats)
+        self._metrics["dead_lettered_turns_total"].inc(len(misfits.letters))
+        for letter in misfits.letters:
+            _log.error("dead letter, position %d: %s", letter.position, letter.reason)
 
     async def _write(self, connection: Connection, batch: Batch, new: Sequence[NewConversation]) -> None:
         rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
@@ -82,35 +89,6 @@ class Writer:
         fenced = {move.shard for move in moves} - moved
         if fenced:
             raise Fenced(fenced)
-
-    async def _without_repeats(self, connection: Connection, batch: Batch) -> tuple[Batch, list[DeadLetter]]:
-        """Leave out entries whose id is stored; an unequal one becomes a dead letter."""
-        fresh = [(part, decode_entry(*entry.raw)) for part in batch.parts for entry in part.fresh()]
-        stored: dict[tuple[str, str, str], tuple[int | None, str | None]] = {
-            **await items.present(connection, [record.identity for _, record in fresh])
-        }
-        repeats: dict[int, set[int]] = {}
-        letters = []
-        for part, record in fresh:
-            position = pack(part.owned.path_epoch, record.sequence)
-            first, data = stored.setdefault(record.identity, (None, record.data.decode()))
-            if first is None:  # not stored; the next entry of this id, if there is one, is a repeat
-                stored[record.identity] = (position, data)
-                continue
-            repeats.setdefault(part.owned.shard, set()).add(record.sequence)
-            if first != position:
-                letters += self._unequal(record, position, first, data)
-        if letters:
-            await items.add_dead_letters(connection, letters)
-        return batch.without({shard: frozenset(found) for shard, found in repeats.items()}), letters
-
-    def _unequal(self, record: Record, position: int, first: int, data: str | None) -> list[DeadLetter]:
-        if data is not None and equal_as_json(record.data, data):
-            self._metrics["repeated_turns_total"].inc()
-            return []
-        reason = "belongs to a removed item" if data is None else "is stored with another body"
-        reason = f"the id {reason}, at position {first}"
-        return [DeadLetter(*record.identity, position, record.data, reason)]
 
     def _new_conversations(self, batch: Batch) -> list[NewConversation]:
         """Conversations that may have no row yet, or whose user was not known before."""

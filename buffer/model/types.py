@@ -61,6 +61,15 @@ class Context:
 
 
 @dataclass(slots=True, frozen=True)
+class Slice:
+    """Items of one read, oldest first; ``more`` if a limit cut others off."""
+
+    items: list[Item]
+    more: bool
+    complete: bool
+
+
+@dataclass(slots=True, frozen=True)
 class Page:
     """One page of a conversation's items, in the order that was asked for."""
 

@@ -16,7 +16,7 @@ from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import MAX_POSITION, pack
 from buffer.model.record import Record
-from buffer.model.types import Item
+from buffer.model.types import Item, Slice
 from buffer.path import Path
 from buffer.policy.merge import (
     Pending,
@@ -28,7 +28,8 @@ from buffer.policy.merge import (
     unflushed,
     visible,
 )
-from buffer.store.items import ItemReader, Slice, StoredItem, Where
+from buffer.store import items as store_items
+from buffer.store.items import ItemReader, StoredItem, Where
 from buffer.stream.shards import Refused, Shards
 
 _T = TypeVar("_T")
@@ -58,7 +59,7 @@ class Reader:
 
     async def newest(
         self, tenant: str, conversation: str, limit: int, after: int = 0, before: int = MAX_POSITION
-    ) -> tuple[list[Item], bool]:
+    ) -> Slice:
         """The newest ``limit`` items between two positions, oldest first; and whether there are older ones.
 
         Raises:
@@ -69,7 +70,7 @@ class Reader:
 
     async def oldest(
         self, tenant: str, conversation: str, limit: int, after: int = 0, before: int = MAX_POSITION
-    ) -> tuple[list[Item], bool]:
+    ) -> Slice:
         """The oldest ``limit`` items between two positions, oldest first; and whether there are newer ones.
 
         Raises:
@@ -98,7 +99,7 @@ class Reader:
         shard = shard_of(conversation_key(tenant, conversation), len(self._path.epochs))
         return Where(tenant, conversation, shard, after, before)
 
-    async def _newest(self, where: Where, limit: int) -> tuple[list[Item], bool]:
+    async def _newest(self, where: Where, limit: int) -> Slice:
         began = time.perf_counter()
         wanted = limit + 1  # one more tells whether there are more
         tail = await self._tail(where, enough=wanted)
@@ -109,16 +110,16 @@ class Reader:
         older = [_from_store(row) for row in reversed(stored.items)]
         newer = _new_in_tail(tail, stored, where)
         self._observe("merged", began)
-        return newest_page(older, newer, limit)
+        return Slice(*newest_page(older, newer, limit), stored.complete)
 
-    async def _oldest(self, where: Where, limit: int) -> tuple[list[Item], bool]:
+    async def _oldest(self, where: Where, limit: int) -> Slice:
         began = time.perf_counter()
         tail = await self._tail(where, enough=None)
         stored = await self._items.oldest(where, limit + 1, tail.pending)
         older = [_from_store(row) for row in stored.items]
         newer = _new_in_tail(tail, stored, where) if len(older) <= limit else []
         self._observe("merged", began)
-        return oldest_page(older, newer, limit)
+        return Slice(*oldest_page(older, newer, limit), stored.complete)
 
     async def _tail(self, where: Where, *, enough: int | None) -> _Tail:
         """The newest unflushed records until ``enough`` of them count, or all.
@@ -159,7 +160,7 @@ def _counting(tail: _Tail, where: Where) -> list[Pending]:
     return between(unflushed(tail.pending, 0), where.after, where.before)
 
 
-def _new_in_tail(tail: _Tail, stored: Slice, where: Where) -> list[Item]:
+def _new_in_tail(tail: _Tail, stored: store_items.Slice, where: Where) -> list[Item]:
     """What the tail adds to what Postgres has."""
     new = new_in_tail(tail.pending, stored.flushed_through, stored.known)
     return [_from_tail(tail, p) for p in between(new, where.after, where.before)]

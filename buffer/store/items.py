@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 from buffer.policy.merge import Pending
 from buffer.store import copy_format, queries
-from buffer.store.pool import Connection, Database, bounded, translated
+from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, bounded, translated
 
 _SQL = queries.load("items")
 _COLUMNS = ("tenant", "conversation", "position", "item_id", "created_at", "data")
 _COPY_CHUNK_BYTES = 128 << 10
+
+
+# Tenant, conversation, item id: what makes an item the same item.
+Identity = tuple[str, str, str]
 
 
 class Row(NamedTuple):
@@ -46,17 +50,6 @@ class NewConversation(NamedTuple):
     created_at: datetime
 
 
-class DeadLetter(NamedTuple):
-    """An item that cannot be stored, and why."""
-
-    tenant: str
-    conversation: str
-    item_id: str
-    position: int
-    payload: bytes
-    reason: str
-
-
 @dataclass(slots=True, frozen=True)
 class StoredItem:
     """An item as a read finds it; ``data`` is its JSON."""
@@ -81,12 +74,14 @@ class Where(NamedTuple):
 class Slice:
     """Items in the order of the query, and how far their shard was flushed in the same snapshot.
 
-    ``known`` holds those of the unflushed ids that are stored already.
+    ``known`` holds those of the unflushed ids that are stored already. ``complete`` is False while the
+    conversation has dead letters.
     """
 
     flushed_through: int
     items: list[StoredItem]
     known: frozenset[str]
+    complete: bool
 
 
 class ItemReader:
@@ -127,6 +122,7 @@ class ItemReader:
                 if r["position"] is not None
             ],
             frozenset(rows[0]["known"]),
+            not rows[0]["dead"],
         )
 
     async def last_position(self, tenant: str, conversation: str) -> int | None:
@@ -175,9 +171,40 @@ async def _chunks(rows: Iterable[bytes]) -> AsyncIterator[bytes]:
     yield bytes(piece)
 
 
-async def present(
-    connection: Connection, ids: Sequence[tuple[str, str, str]]
-) -> dict[tuple[str, str, str], tuple[int, str | None]]:
+async def find_bad_rows(
+    connection: Connection, rows: Sequence[bytes], timeout_seconds: float
+) -> dict[int, str]:
+    """Which rows Postgres refuses, and why: halves are tried until single rows are left.
+
+    Every try is rolled back. Within a transaction of the caller.
+    """
+    bad: dict[int, str] = {}
+
+    async def probe(first: int, last: int) -> None:
+        try:
+            async with connection.transaction():
+                await copy_encoded(connection, rows[first:last], timeout_seconds)
+                raise _Undo  # noqa: TRY301 - this is how a savepoint is rolled back
+        except _Undo:
+            return
+        except (BadRows, DuplicateRows) as error:
+            if last - first > 1:
+                middle = (first + last) // 2
+                await probe(first, middle)
+                await probe(middle, last)
+            elif isinstance(error, BadRows):
+                bad[first] = str(error)
+
+    if rows:
+        await probe(0, len(rows))
+    return bad
+
+
+class _Undo(Exception):
+    """Rolls a try back."""
+
+
+async def present(connection: Connection, ids: Sequence[Identity]) -> dict[Identity, tuple[int, str | None]]:
     """(position, data) of what is stored under these (tenant, conversation, item id)."""
     with translated():
         rows = await connection.fetch(_SQL["present"], *zip(*ids, strict=True))
@@ -194,9 +221,3 @@ async def add_conversations(connection: Connection, new: Sequence[NewConversatio
     """Record conversations; one that is known only gains a user if it had none."""
     with translated():
         await connection.execute(_SQL["add_conversations"], *zip(*new, strict=True))
-
-
-async def add_dead_letters(connection: Connection, letters: Sequence[DeadLetter]) -> None:
-    """Keep what cannot be stored."""
-    with translated():
-        await connection.execute(_SQL["add_dead_letters"], *zip(*letters, strict=True))

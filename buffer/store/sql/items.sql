@@ -9,7 +9,8 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     array(
         select item_id from buffer.items
         where tenant = $1 and conversation = $2 and item_id = any($10::text[])
-    ) as known
+    ) as known,
+    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2) as dead
 from buffer.shards s
 left join lateral (
     select position, item_id, created_at, data
@@ -36,7 +37,8 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     array(
         select item_id from buffer.items
         where tenant = $1 and conversation = $2 and item_id = any($10::text[])
-    ) as known
+    ) as known,
+    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2) as dead
 from buffer.shards s
 left join lateral (
     select position, item_id, created_at, data
@@ -89,9 +91,3 @@ order by 1, 2
 on conflict (tenant, conversation) do update
 set user_id = excluded.user_id
 where conversations.user_id is null and excluded.user_id is not null
-
--- name: add_dead_letters
--- $1 tenants, $2 conversations, $3 item ids, $4 positions, $5 payloads, $6 reasons
-insert into buffer.dead_letters (tenant, conversation, item_id, position, payload, reason)
-select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bytea[], $6::text[])
-on conflict do nothing

@@ -1,0 +1,35 @@
+-- Items that could not be stored.
+
+-- name: add
+-- $1 tenants, $2 conversations, $3 item ids, $4 positions, $5 payloads, $6 reasons
+insert into buffer.dead_letters (tenant, conversation, item_id, position, payload, reason)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bytea[], $6::text[])
+on conflict do nothing
+
+-- name: page
+-- Oldest first. $1 after this number, $2 limit, $3 tenant or null, $4 conversation or null
+select id, tenant, conversation, item_id, position, payload, reason, created_at
+from buffer.dead_letters
+where id > $1 and ($3::text is null or tenant = $3) and ($4::text is null or conversation = $4)
+order by id
+limit $2
+
+-- name: get
+-- $1 number. Locked, so that two retries do not meet.
+select id, tenant, conversation, item_id, position, payload, reason, created_at
+from buffer.dead_letters where id = $1 for update
+
+-- name: drop
+-- $1 number
+delete from buffer.dead_letters where id = $1 returning id
+
+-- name: count
+select count(*) from buffer.dead_letters
+
+-- name: store
+-- At its own position; nothing if the id is taken.
+-- $1 tenant, $2 conversation, $3 position, $4 item id, $5 time, $6 payload
+insert into buffer.items (tenant, conversation, position, item_id, created_at, data)
+values ($1, $2, $3, $4, $5, convert_from($6, 'UTF8')::json)
+on conflict (tenant, conversation, item_id) do nothing
+returning position
