@@ -96,6 +96,7 @@ class Tally(Collector):
     def __init__(self, definition: Definition) -> None:
         self._definition = definition
         self._counts: dict[tuple[str, ...], int] = {}
+        self._bounds = definition.buckets
         self._buckets = [0] * (len(definition.buckets) + 1)
         self._sum = 0.0
 
@@ -105,7 +106,7 @@ class Tally(Collector):
 
     def observe(self, value: float) -> None:
         """Put a value into its bucket."""
-        self._buckets[bisect_left(self._definition.buckets, value)] += 1
+        self._buckets[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def collect(self) -> Iterator[Metric]:

@@ -12,7 +12,7 @@ from buffer.errors import OutcomeUnknown, RedisUnavailable
 from buffer.model.types import Level
 
 
-class Operation(msgspec.Struct, eq=False):
+class Operation(msgspec.Struct, eq=False, gc=False):
     """Items of one conversation, taken whole or not at all.
 
     ``maybe_stored`` and ``in_flight`` keep what is certain if the caller gives up: an operation that was

@@ -263,7 +263,7 @@ async def run_suites(names: Sequence[str], *, rounds: int, redis_from_path: bool
     binary = find_redis_binary(prefer_path=True) if redis_from_path else None
     for name in names:
         async with EmbeddedServers.start(
-            redis_binary=binary, redis_config={"auto-aof-rewrite-percentage": "0"}
+            redis_binary=binary, redis_config={"auto-aof-rewrite-percentage": "0"}, tcp=True
         ) as servers:
             bench = Bench(servers, rounds, say)
             await migrate_database(bench.settings)

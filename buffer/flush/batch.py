@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+
+import msgspec
 
 from buffer.model.position import pack
 from buffer.model.record import UnknownRecordFormat, split_header
@@ -18,18 +19,28 @@ from buffer.stream.shards import RawEntry, Settlement
 SETTLE_STEP = 500
 
 
-class Entry(NamedTuple):
-    """One entry as a flush needs it: still in bytes, since Postgres gets bytes as well."""
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One entry as a flush needs it: still in bytes, since Postgres gets bytes as well.
+
+    A flush holds thousands of them and no cycle, so the garbage collector need not walk them.
+    """
 
     sequence: int
     conversation_key: bytes
-    raw: RawEntry
-    parts: list[bytes]  # the header, split; see `buffer.model.record`
+    tenant: bytes
+    conversation: bytes
+    item_id: bytes
+    user: bytes
+    created_ms: int
+    replace_after: int | None
+    entry_id: bytes
+    header: bytes
+    data: bytes
 
     @property
-    def replace_after(self) -> int | None:
-        """Items after this position are removed, up to this entry."""
-        return int(self.parts[7]) if self.parts[7] else None
+    def raw(self) -> RawEntry:
+        """The entry as it stands in the stream."""
+        return self.entry_id, self.header, self.data
 
 
 def decode(entries: Iterable[RawEntry]) -> tuple[list[Entry], UnknownRecordFormat | None]:
@@ -37,12 +48,24 @@ def decode(entries: Iterable[RawEntry]) -> tuple[list[Entry], UnknownRecordForma
     decoded: list[Entry] = []
     for raw in entries:
         try:
-            parts = split_header(raw)
+            _, _, tenant, conversation, item_id, user, created_ms, cut, _, _ = split_header(raw)
         except UnknownRecordFormat as error:
             return decoded, error
-        entry_id = raw[0]
+        entry_id, header, data = raw
         decoded.append(
-            Entry(int(entry_id[entry_id.index(b"-") + 1 :]), b"%b/%b" % (parts[2], parts[3]), raw, parts)
+            Entry(
+                int(entry_id[entry_id.index(b"-") + 1 :]),
+                b"%b/%b" % (tenant, conversation),
+                tenant,
+                conversation,
+                item_id,
+                user,
+                int(created_ms),
+                int(cut) if cut else None,
+                entry_id,
+                header,
+                data,
+            )
         )
     return decoded, None
 
@@ -83,7 +106,7 @@ class ShardBatch:
         for at in range(0, len(self.entries), SETTLE_STEP):
             part = self.entries[at : at + SETTLE_STEP]
             conversations = list(dict.fromkeys(entry.conversation_key for entry in part))
-            nbytes = sum(len(entry.raw[1]) + len(entry.raw[2]) for entry in part)
+            nbytes = sum([len(entry.header) + len(entry.data) for entry in part])
             steps.append(Settlement(before, part[-1].sequence, nbytes, conversations))
             before = part[-1].sequence
         return steps
@@ -116,11 +139,12 @@ class Batch:
             base = pack(part.owned.path_epoch, 0)
             removals = part.removals()
             for entry in part.new():
-                _, _, tenant, conversation, item_id, _, created_ms, _, _, _ = entry.parts
                 position = base + entry.sequence
                 removed = removals and _removed(removals, entry.conversation_key, position)
-                data = None if removed else entry.raw[2]
-                yield encode_row(tenant, conversation, position, item_id, int(created_ms), data)
+                data = None if removed else entry.data
+                yield encode_row(
+                    entry.tenant, entry.conversation, position, entry.item_id, entry.created_ms, data
+                )
 
     def without(self, repeats: Mapping[int, frozenset[int]]) -> Batch:
         """The batch without repeats: shard to sequences. They still count as flushed."""

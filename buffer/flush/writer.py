@@ -96,7 +96,7 @@ class Writer:
         known = self._known
         for part in batch.parts:
             for entry in part.fresh():
-                key, user = entry.conversation_key, entry.parts[5]
+                key, user = entry.conversation_key, entry.user
                 if key in known and (not user or known[key]):
                     continue
                 seen = found.get(key)

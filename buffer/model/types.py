@@ -12,7 +12,7 @@ Level = Literal["buffered", "replicated", "stored"]
 Path = Literal["stream", "direct"]
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """Proof of an append.
 
     ``level`` is the durability that was reached, never one that was only asked for. ``duplicate`` says
