@@ -21,8 +21,7 @@ from buffer.errors import (
 )
 from buffer.model.types import Context, Item, Page, Receipt, Summary
 from buffer.settings import Settings
-
-__version__ = "0.1.0"
+from buffer.version import __version__
 
 __all__ = [
     "Buffer",

@@ -19,6 +19,7 @@ from buffer.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from buffer.version import __version__
 
 
 class Definition(NamedTuple):
@@ -147,6 +148,7 @@ class Metrics:
             self._metrics[definition.name] = _KINDS[definition.kind](
                 definition.name, definition.help, definition.labels, registry=self.registry, **options
             )
+        self["build_info"].labels(version=__version__).set(1)
         self.append_seconds: Tally = self["append_duration_seconds"]
         self.appends: Tally = self["appends_total"]
 

@@ -46,7 +46,9 @@ class Buffer:
         """
         settings = settings or Settings.load()
         urls = {"redis_url": redis, "postgres_url": postgres}
-        settings = settings.model_copy(update={name: url for name, url in urls.items() if url is not None})
+        given = {name: url for name, url in urls.items() if url is not None}
+        if given:
+            settings = Settings.load(**{**settings.model_dump(), **given})
         return cls(lambda: Runtime.open(settings, flusher=flusher))
 
     @classmethod

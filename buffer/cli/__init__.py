@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from cyclopts import App, CycloptsError
 
 from buffer.cli.common import EXIT_FAILED, EXIT_USAGE, exit_code_of
+from buffer.version import __version__
 
 app = App(
     name="buffer",
     help="A write-behind buffer for chat conversations: acked from Redis Streams, flushed into Postgres.",
-    version=lambda: import_module("buffer").__version__,
+    version=__version__,
 )
 
 # Each command is a function in a module that is imported only when it is called.

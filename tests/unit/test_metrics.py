@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from buffer import errors
+from buffer import __version__, errors
 from buffer.metrics import DEFINITIONS, Definition, Metrics, Tally
 
 NAMES = [definition.name for definition in DEFINITIONS]
@@ -68,7 +68,13 @@ def test_every_definition_takes_samples_with_its_labels(definition: Definition) 
         for sample in family.samples
         if sample.name == definition.name + suffix
     ]
-    assert found == [(dict.fromkeys(definition.labels, "x"), 1.0)]
+    assert (dict.fromkeys(definition.labels, "x"), 1.0) in found
+    assert len(found) == (2 if definition.name == "buffer_build_info" else 1)
+
+
+def test_build_info_tells_the_version() -> None:
+    """It is there from the start."""
+    assert f'buffer_build_info{{version="{__version__}"}} 1.0' in generate_latest(Metrics().registry).decode()
 
 
 def test_names_follow_the_contract() -> None:
