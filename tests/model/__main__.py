@@ -1,0 +1,7 @@
+"""`python -m tests.model`."""
+
+import sys
+
+from tests.model.explore import main
+
+sys.exit(main())
