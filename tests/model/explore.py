@@ -67,7 +67,7 @@ PROFILES = {
     "write-off": Profile(("pause_process_long", "flushall"), items=8, flush_ticks=600, pace=600),
     "long-stop": Profile(("stop_redis_long", "kill_process"), items=6, pace=300),
     "outage": Profile(("postgres_away",), items=8, pace=200, loss=0),
-    "twice": Profile(("flushall", "flushall"), items=8, loss=0.2, gap=900, flush_ticks=300),
+    "twice": Profile(("flushall", "flushall"), items=6, loss=0.2, gap=500),
     "stop-alone": Profile(("cut_process_from_postgres", "stop_redis"), items=6),
     "three": Profile(("any", "any", "any"), items=6, readers=3),
 }
