@@ -5,7 +5,7 @@ atomic steps; a seeded scheduler picks who goes on. Requests and replies get los
 after their caller gave up; Redis dies, is wiped, stands still, comes back older; Postgres goes away; hosts
 are cut off, paused, killed. Then everything is mended, the shard must come to rest, and `check` compares
 what clients were told with what there is. Every rule of the protocol is a member of `rules.Rule` and can be
-switched off; for most a schedule is known that goes wrong without it (`test_model` names the others).
+switched off; for each of them a schedule is known that goes wrong without it (`test_model`).
 
 The path of a shard is one row in Postgres::
 

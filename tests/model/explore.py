@@ -62,12 +62,15 @@ PROFILES = {
         ("pause_process", "flushall"), items=6, readers=1, flush_ticks=3000, pace=200, gap=1000
     ),
     "suspend": Profile(("suspend_process", "flushall"), items=8, flush_ticks=200, pace=300, gap=1400),
-    "fail-back": Profile(("fail_back", "pause_process"), items=6, attempts=2, gap=400, if_match=True),
+    "fail-back": Profile(("fail_back", "pause_process"), items=8, attempts=1, loss=0.15, pace=150, gap=1000),
+    "blind": Profile(
+        ("pause_process", "flushall"), items=6, if_match=True, flush_ticks=600, pace=200, gap=600
+    ),
     "stale-flush": Profile(("pause_flusher", "flushall"), attempts=1, items=8, flush_ticks=20, loss=0.1),
     "write-off": Profile(("pause_process_long", "flushall"), items=8, flush_ticks=600, pace=600),
     "long-stop": Profile(("stop_redis_long", "kill_process"), items=6, pace=300),
     "outage": Profile(("postgres_away",), items=8, pace=200, loss=0),
-    "twice": Profile(("flushall", "flushall"), items=6, loss=0.2, gap=500),
+    "twice": Profile(("flushall", "flushall"), items=8, loss=0.2, gap=900, flush_ticks=300),
     "stop-alone": Profile(("cut_process_from_postgres", "stop_redis"), items=6),
     "three": Profile(("any", "any", "any"), items=6, readers=3),
 }

@@ -1,8 +1,8 @@
 """The protocol's rules, each of which can be switched off.
 
-A rule's value says what holds with it. `test_model.py` shows for all but six, which it names, that without
-it some schedule breaks an invariant; where the code asks ``if Rule.X in world.rules``, the other branch is
-what a plausible implementation without the rule would do.
+A rule's value says what holds with it. `test_model.py` shows for every one that without it some schedule
+breaks an invariant; where the code asks ``if Rule.X in world.rules``, the other branch is what a plausible
+implementation without the rule would do.
 """
 
 from __future__ import annotations
