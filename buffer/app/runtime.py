@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -15,19 +16,23 @@ from buffer.errors import BufferError
 from buffer.flush.flusher import Flusher, make_flusher_id
 from buffer.metrics import Metrics
 from buffer.model.position import pack
-from buffer.path import Path
+from buffer.path.member import Member
 from buffer.read.reader import Reader
 from buffer.settings import Settings
 from buffer.store.items import ItemReader
 from buffer.store.migrate import Migration, check_schema, migrate
+from buffer.store.paths import Mode, PathStore
 from buffer.store.pool import Database
 from buffer.store.shards import ShardStore, application_name
 from buffer.stream.client import RedisClient
-from buffer.stream.link import Calls
+from buffer.stream.grants import Grants
+from buffer.stream.link import Calls, LinkLost
 from buffer.stream.marks import Marks
 from buffer.stream.shards import Shards
 
-_GRANT_WAIT_SECONDS = 10.0
+_OPEN_WAIT_SECONDS = 10.0
+_PATH_CONNECTIONS = 2
+_PATH_ACQUIRE_SECONDS = 1.0
 
 
 async def migrate_database(
@@ -63,55 +68,80 @@ async def _database(settings: Settings, name: str = "buffer:command") -> AsyncIt
 class Runtime:
     """The parts of one process. `open` gives one that is running."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, accepting: bool) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.client = RedisClient(settings)
         self.flusher_id = make_flusher_id()
         self.database = Database(settings, "buffer")
+        # The path has connections of its own: a heartbeat must not wait for slow reads.
+        self._path_database = Database(
+            settings,
+            "buffer:path",
+            most_connections=_PATH_CONNECTIONS,
+            acquire_seconds=_PATH_ACQUIRE_SECONDS,
+        )
         self.store = ShardStore(self.database)
-        self.path = Path(self.store)
-        self.calls = Calls(self.client.link())
-        self.shards = Shards(self.calls, settings.key_prefix, settings.shards)
+        self.paths = PathStore(self._path_database)
+        self.calls = Calls(self.client.link(lambda: self.member.run_id))
+        self.shards = Shards(self.calls, settings.key_prefix, settings.shards, self.flusher_id)
         self.marks = Marks(self.client, self.shards)
         self.items = ItemReader(self.database)
+        self.member = Member(
+            settings, self.paths, self.shards, self.marks, self.metrics, self.flusher_id, accepting=accepting
+        )
         self.coalescer = Coalescer(
-            self.client.link(),
+            self.client.link(lambda: self.member.run_id),
             self.shards.keys,
-            self.path,
+            self.member,
             self.marks,
+            self.database,
             self.metrics,
             most_operations=settings.append_queue_max,
             most_bytes=settings.append_queue_max_bytes,
+            alone_seconds=3 * settings.redis_lost_seconds,
         )
-        self.appender = Appender(settings, self.coalescer, self.shards, self.marks, self.items, self.metrics)
-        self.reader = Reader(self.shards, self.path, self.items, self.metrics)
+        self.appender = Appender(
+            settings, self.coalescer, self.shards, self.marks, self.items, self.member, self.metrics
+        )
+        self.reader = Reader(
+            self.shards, self.member, self.items, self.metrics, settings.append_timeout_seconds
+        )
         self.metrics["append_queue_depth"].set_function(lambda: self.coalescer.operations)
+        self.metrics["retained_turns"].set_function(lambda: self.member.retention.turns)
+        self.metrics["retained_bytes"].set_function(lambda: self.member.retention.bytes)
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: Settings, *, flusher: bool) -> AsyncIterator[Runtime]:
+    async def open(
+        cls, settings: Settings, *, flusher: bool, accepting: bool = True
+    ) -> AsyncIterator[Runtime]:
         """Connect, start the tasks, and with ``flusher`` one flusher; stop all in reverse order.
+
+        One that is not ``accepting`` takes no part in the service: it can look, and it can flush.
 
         Raises:
             SchemaMismatch, SettingsError, PostgresUnavailable, RedisUnavailable: why it cannot start.
         """
-        runtime = cls(settings)
+        runtime = cls(settings, accepting=accepting)
         await runtime.database.open()
+        await runtime._path_database.open()
         try:
             runtime.metrics["schema_version"].set(await check_schema(runtime.database, settings.shards))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(runtime.calls.run)
                 tasks.start_soon(runtime.marks.run)
+                tasks.start_soon(runtime.member.run)
                 tasks.start_soon(runtime.coalescer.run)
                 async with runtime.flushing() if flusher else contextlib.nullcontext():
-                    await runtime.path.refresh()
-                    await runtime._granted(wait=flusher)
+                    await runtime._opened("stream" if flusher else "direct")
                     yield runtime
+                await runtime.member.leave()
                 tasks.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
                 await runtime.client.close()
+                await runtime._path_database.close()
                 await runtime.database.close()
 
     @asynccontextmanager
@@ -123,7 +153,14 @@ class Runtime:
         """
         async with _database(self.settings, application_name(self.flusher_id)) as database:
             flusher = Flusher(
-                self.settings, self.client, self.shards, database, self.metrics, self.flusher_id
+                self.settings,
+                self.client,
+                self.shards,
+                database,
+                self.paths,
+                self._grants,
+                self.metrics,
+                self.flusher_id,
             )
             async with anyio.create_task_group() as tasks:
                 await tasks.start(lambda *, task_status: flusher.run(task_status=task_status))
@@ -132,24 +169,41 @@ class Runtime:
                 finally:
                     flusher.stop()
 
+    def _grants(self, expected: Callable[[], str | None]) -> Grants:
+        """The grants over a link of their own, whose limit lets a manager try more than once."""
+        link = self.client.link(expected, timeout_seconds=max(0.1, self.settings.redis_lost_seconds / 2))
+        return Grants(link, self.shards.keys)
+
     async def flush(self) -> None:
         """Return once everything that was acked before is in Postgres."""
-        every = list(range(self.settings.shards))
-        backlogs = await self.shards.peek(every)
+        deadline = time.monotonic() + self.settings.append_timeout_seconds
+        while True:
+            states = [
+                await self.member.open(shard, self.settings.append_timeout_seconds)
+                for shard in range(self.settings.shards)
+            ]
+            streams = [shard for shard, state in enumerate(states) if state.mode == "stream"]
+            try:
+                backlogs = await self.shards.peek(streams)
+                break
+            except LinkLost:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.02)
         await asyncio.gather(
             *(
                 self.marks.wait(shard, pack(backlog.epoch, backlog.mark + backlog.turns))
-                for shard, backlog in zip(every, backlogs, strict=True)
+                for shard, backlog in zip(streams, backlogs, strict=True)
                 if backlog.epoch is not None and backlog.turns
             )
         )
 
-    async def _granted(self, *, wait: bool) -> None:
-        """With a flusher of our own, wait until it has opened every shard that it could claim."""
-        if not wait:
-            return
-        with anyio.move_on_after(_GRANT_WAIT_SECONDS):
-            while not all(self.path.epochs):
-                await asyncio.sleep(0.02)
-                with contextlib.suppress(BufferError):
-                    await self.path.refresh()
+    async def _opened(self, mode: Mode) -> None:
+        """Wait a while until every shard takes appends: with a flusher of our own, through Redis."""
+        deadline = time.monotonic() + _OPEN_WAIT_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BufferError, TimeoutError):
+                await self.member.refresh()
+                if all(state.mode in {"stream", mode} for state in self.member.states):
+                    return
+            await asyncio.sleep(0.01)

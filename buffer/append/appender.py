@@ -24,9 +24,10 @@ from buffer.errors import (
 from buffer.metrics import Metrics
 from buffer.model.codec import body_digest, encode_item
 from buffer.model.ids import check_id, conversation_key, id_digest, make_item_id, shard_of
-from buffer.model.position import MAX_POSITION, pack
+from buffer.model.position import MAX_POSITION, epoch_of, pack
 from buffer.model.record import encode_header
 from buffer.model.types import Level, Receipt
+from buffer.path.member import Member
 from buffer.settings import MOST_BATCH_ITEMS, Settings
 from buffer.store.items import ItemReader
 from buffer.stream.marks import Marks
@@ -61,6 +62,7 @@ class Appender:
         shards: Shards,
         marks: Marks,
         items: ItemReader,
+        member: Member,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
@@ -68,6 +70,7 @@ class Appender:
         self._shards = shards
         self._marks = marks
         self._items = items
+        self._member = member
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
 
@@ -91,10 +94,13 @@ class Appender:
             operation = self._operation(target, items, ids, durability, if_match, replace_after, timeout)
             epoch, answer = await self._coalescer.submit(operation)
             while answer == b"l":
+                # The ids are looked for once more: an earlier attempt may be what Postgres found last.
+                if operation.mismatch is not None:
+                    raise _precondition(operation, operation.mismatch)
                 operation = await self._confirm_last(target, epoch, operation)
                 epoch, answer = await self._coalescer.submit(operation)
-            receipts = _receipts(operation, epoch, answer)
-            if durability == "stored":
+            receipts = answer if isinstance(answer, list) else _receipts(operation, epoch, answer)
+            if durability == "stored" and receipts[0].level != "stored":
                 receipts = await self._stored(operation, receipts)
         except BufferError as error:
             self._metrics.append_failed(durability, error)
@@ -122,6 +128,7 @@ class Appender:
             raise InvalidRequest(f"ids holds {len(ids)} for {count} items", param="ids")
         now_ms = time.time_ns() // 1_000_000
         item_ids: list[str] = []
+        fresh = True
         arguments: list[bytes] = []
         nbytes = 0
         key, most_bytes = target.key, settings.max_item_bytes
@@ -129,6 +136,7 @@ class Appender:
             payload = encode_item(item, _PARAMS[index], most_bytes)
             item_id = ids[index] if ids is not None else None
             if item_id is not None or "id" in item:
+                fresh = False
                 item_id = _given_id(item, item_id, index)
             else:
                 item_id = make_item_id(item)
@@ -157,6 +165,7 @@ class Appender:
             limit,
             loop.time(),
             loop.create_future(),
+            fresh,
         )
 
     async def _confirm_last(self, target: Target, epoch: int, operation: Operation) -> Operation:
@@ -165,18 +174,28 @@ class Appender:
         if token is not None:
             last = await self._items.last_position(target.tenant, target.conversation) or 0
             if last != operation.expected:
-                raise _precondition(operation, last)
-        return operation.confirmed(token or b"")
+                return operation.again(b"", last)
+        return operation.again(token or b"", None)
 
     async def _stored(self, operation: Operation, receipts: list[Receipt]) -> list[Receipt]:
         seconds = operation.began + operation.limit_seconds - self._loop.time()
         try:
             async with asyncio.timeout(max(0.0, seconds)):
                 await self.flushed(operation.shard, receipts[-1].position)
+                if not await self._is_stored(operation, receipts):
+                    raise RedisUnavailable("the path has changed, and Postgres does not have it")  # noqa: TRY301
         except (TimeoutError, RedisUnavailable) as error:
             why = str(error) or f"not in Postgres within {operation.limit_seconds:g} s"
             raise OutcomeUnknown(f"buffered, and {why}", ids=operation.ids, level="buffered") from error
         return [structs.replace(receipt, level="stored") for receipt in receipts]
+
+    async def _is_stored(self, operation: Operation, receipts: list[Receipt]) -> bool:
+        """A mark speaks for its own epoch; where the path has changed since, Postgres has the last word."""
+        state = self._member.states[operation.shard]
+        if state.at(epoch_of(receipts[-1].position), "stream"):
+            return True
+        tenant, conversation = operation.conversation.decode().split("/")
+        return len(await self._items.positions(tenant, conversation, operation.ids)) == len(receipts)
 
     async def flushed(self, shard: int, position: int) -> None:
         """Return once everything of the shard up to ``position`` is committed in Postgres."""

@@ -6,30 +6,32 @@ newcomers gather. A lone append leaves at once: it waits for the end of the even
 company.
 
 A batch whose reply is lost is sent again until its callers give up, which is safe: an id that Redis or
-Postgres knows is not stored a second time.
+Postgres knows is not stored a second time. Where the path of a shard is direct, its appends are handed to
+`buffer.append.direct`; where it changes, they wait here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from buffer.append.operation import Operation
+from buffer.append.direct import Direct, Outcome
+from buffer.append.operation import Answer, Operation
 from buffer.errors import BufferError, OutcomeUnknown, Overloaded, RedisUnavailable
 from buffer.metrics import Metrics
 from buffer.model.position import epoch_of, sequence_of
-from buffer.path import Path
+from buffer.path.member import Member
+from buffer.path.retention import OVERHEAD_BYTES
+from buffer.store.pool import Database
 from buffer.stream import scripts
 from buffer.stream.keys import ShardKeys
 from buffer.stream.link import Command, Link, LinkLost, script_call
 from buffer.stream.marks import Marks
 from buffer.stream.shards import Refused, checked
-
-_log = logging.getLogger(__name__)
 
 # ElastiCache Serverless allows 3,999 arguments, Lua's unpack 8,000; one operation may go over alone.
 _MOST_ARGUMENTS = 3_000
@@ -52,25 +54,29 @@ class Coalescer:
         self,
         link: Link,
         keys: Sequence[ShardKeys],
-        path: Path,
+        member: Member,
         marks: Marks,
+        database: Database,
         metrics: Metrics,
         *,
         most_operations: int,
         most_bytes: int,
+        alone_seconds: float,
     ) -> None:
         self._link = link
         self._keys = keys
-        self._path = path
+        self._member = member
+        self._direct = Direct(database, member, self._put_back, self._deliver_direct)
         self._marks = marks
         self._metrics = metrics
         self._most_operations = most_operations
         self._most_bytes = most_bytes
+        self._alone_seconds = alone_seconds
         self._queue: deque[Operation] = deque()
         self._under_way: deque[list[_Call]] = deque()
         self._to_send = asyncio.Event()
         self._to_receive = asyncio.Event()
-        self._refreshes: set[asyncio.Task[None]] = set()
+        self._lost_since: float | None = None  # Redis is out of reach for this process
         self._parked: set[Operation] = set()  # on their way back to the queue, a little later
         self._closed = False
         self._loop = asyncio.get_running_loop()
@@ -78,16 +84,19 @@ class Coalescer:
         self._answered_per_second = 1_000.0
         self.operations = 0  # accepted and not answered
         self.bytes = 0
+        member.on_change = self._path_changed
 
-    def submit(self, operation: Operation) -> asyncio.Future[tuple[int, bytes]]:
-        """Queue an operation; its future gives the epoch and the script's answer.
+    def submit(self, operation: Operation) -> asyncio.Future[Answer]:
+        """Queue an operation; its future gives the epoch and the answer of whichever store took it.
 
         Raises:
             Overloaded: the queue is full; nothing was taken.
-            RedisUnavailable: this process has closed.
+            RedisUnavailable: this process has closed, or it alone has lost Redis.
         """
         if self._closed:
             raise _closing()
+        if self._lost_since is not None:
+            self._refuse_if_alone(operation.shard)
         if self.operations >= self._most_operations or self.bytes + operation.nbytes > self._most_bytes:
             raise Overloaded(
                 f"{self.operations} appends ({self.bytes} bytes) wait for Redis; the limits are "
@@ -106,16 +115,38 @@ class Coalescer:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._send(), name="append-send")
                 tasks.create_task(self._receive(), name="append-receive")
+                tasks.create_task(self._direct.run(), name="append-direct")
                 tasks.create_task(self._expire(), name="append-expire")
         finally:
             self._closed = True
-            for refresh in self._refreshes:
-                refresh.cancel()
             self._lose_what_is_under_way(_closing())
-            for operation in (*self._queue, *self._parked):
+            for operation in {*self._queue, *self._parked, *self._direct.everything()}:
                 self._fail(operation, _closing(operation))
             self._queue.clear()
             await self._link.close()
+
+    def _refuse_if_alone(self, shard: int) -> None:
+        """While the service may still switch, appends wait; if it does not, this process alone is cut off.
+
+        Raises:
+            RedisUnavailable: try another process.
+        """
+        assert self._lost_since is not None
+        if (
+            self._member.states[shard].mode == "stream"
+            and self._loop.time() - self._lost_since > self._alone_seconds
+        ):
+            raise RedisUnavailable("this process has lost Redis, and the service has not", retry_after=1.0)
+
+    def _path_changed(self) -> None:
+        """What was sent in an epoch that is over is not waited for; what waits goes where the path leads."""
+        states = self._member.states
+        calls = [call for calls in self._under_way for call in calls]
+        if any(not states[shard].at(epoch, "stream") for shard, epoch, _ in calls):
+            error = RedisUnavailable("the path has changed")
+            self._lose_what_is_under_way(error)
+            self._link.abort()
+        self._put_back(list(self._parked))
 
     # --- out
 
@@ -123,6 +154,8 @@ class Coalescer:
         while True:
             await self._to_send.wait()
             self._to_send.clear()
+            if self._lost_since is not None and not self._queue:
+                await self._try_to_connect()
             while self._queue and len(self._under_way) < _DEPTH:
                 calls = self._take()
                 if not calls:
@@ -132,23 +165,57 @@ class Coalescer:
                 try:
                     await self._link.send(commands)
                 except LinkLost as error:
-                    self._lose_what_is_under_way(error, never_sent=None if error.sent else calls)
+                    self._lost(error, never_sent=None if error.sent else calls)
                     await asyncio.sleep(self._link.retry_delay())
                 else:
                     self._to_receive.set()
+
+    async def _try_to_connect(self) -> None:
+        try:
+            await self._link.send([])
+        except LinkLost:
+            return
+        self._lost_since = None
+
+    def _lost(self, error: LinkLost, never_sent: list[_Call] | None = None) -> None:
+        if self._lost_since is None:
+            self._lost_since = self._loop.time()
+        self._member.suspect()
+        self._lose_what_is_under_way(error, never_sent=never_sent)
 
     def _take(self) -> list[_Call]:
         """As many operations as one script call a shard can carry."""
         calls: dict[int, list[Operation]] = {}
         room: dict[int, list[int]] = {}
         left: list[Operation] = []
-        queue = self._queue
+        direct: list[Operation] = []
+        unknown: list[Operation] = []
+        queue, states, permitted, now = (
+            self._queue,
+            self._member.states,
+            self._member.permitted(),
+            time.monotonic(),
+        )
         while queue and len(left) < 1_000:
             operation = queue.popleft()
             if operation.future.done():  # its caller gave up
                 self._finish(operation)
                 continue
             shard = operation.shard
+            state = states[shard]
+            if state.mode != "stream" or not permitted:
+                if state.mode == "direct":
+                    direct.append(operation)
+                else:
+                    self._parked.add(operation)
+                continue
+            if (
+                state.ids_known_at > now
+                and (operation.maybe_stored or not operation.fresh)
+                and operation.looked_up_in != state.epoch
+            ):
+                unknown.append(operation)
+                continue
             batch = calls.get(shard)
             if batch is None:
                 batch = calls[shard] = []
@@ -162,11 +229,14 @@ class Coalescer:
             operation.in_flight = True
             batch.append(operation)
         queue.extendleft(reversed(left))
-        epochs = self._path.epochs
-        return [(shard, epochs[shard], batch) for shard, batch in calls.items()]
+        if direct:
+            self._direct.submit(direct)
+        if unknown:
+            self._direct.look_up(unknown)
+        return [(shard, states[shard].epoch, batch) for shard, batch in calls.items()]
 
     def _command(self, shard: int, epoch: int, operations: list[Operation]) -> Command:
-        arguments = [b"%d" % epoch]
+        arguments = [b"%d" % epoch, self._member.field]
         for operation in operations:
             count = len(operation.arguments) >> 2
             arguments += (operation.conversation, b"1" if count == 1 else b"%d" % count)
@@ -193,17 +263,20 @@ class Coalescer:
                 try:
                     while calls:
                         reply = await self._link.receive()
-                        self._deliver(*calls.pop(0), reply)
+                        if calls:  # else they were put back meanwhile
+                            self._deliver(*calls.pop(0), reply)
                 except LinkLost as error:
                     if calls:  # else the sender noticed first, and has put them back
-                        self._lose_what_is_under_way(error)
+                        self._lost(error)
                     break
-                self._under_way.popleft()
+                self._lost_since = None
+                if self._under_way and self._under_way[0] is calls:  # else the path has changed
+                    self._under_way.popleft()
                 self._to_send.set()
 
     def _deliver(self, shard: int, epoch: int, operations: list[Operation], reply: Any) -> None:
         try:
-            mark, *answers = checked(reply)
+            mark, _, *answers = checked(reply)
         except RedisUnavailable as error:
             # Redis took nothing of this call. What passes is tried again until the callers give up.
             for operation in operations:
@@ -211,15 +284,18 @@ class Coalescer:
                 operation.trouble = str(error)
             self._parked.update(operations)
             if isinstance(error, Refused):
-                self._refresh_then_put_back(operations)
-            else:
-                self._loop.call_later(_PASSING_RETRY_SECONDS, self._put_back, operations)
+                self._member.refused(shard, epoch)
+            self._loop.call_later(_PASSING_RETRY_SECONDS, self._put_back, operations)
             return
         except BufferError as error:
             for operation in operations:
                 self._fail(operation, error)
             return
         self._marks.update(shard, epoch, int(mark))
+        if not self._member.may_ack(shard, epoch):
+            self._not_an_ack(operations)
+            return
+        self._retain(shard, epoch, operations, answers)
         now = self._loop.time()
         observe = self._metrics.append_seconds.observe
         nbytes = 0
@@ -244,18 +320,47 @@ class Coalescer:
         for level, items in acked.items():
             self._metrics.appends.inc(("stream", level, "acked"), items)
 
-    def _refresh_then_put_back(self, operations: list[Operation]) -> None:
-        async def refresh() -> None:
-            try:
-                await self._path.refresh()
-            except BufferError as error:
-                _log.warning("a shard refused its epoch, and the new one cannot be read: %s", error)
-            await asyncio.sleep(_PASSING_RETRY_SECONDS)
-            self._put_back(operations)
+    def _retain(self, shard: int, epoch: int, operations: list[Operation], answers: list[bytes]) -> None:
+        """Keep what is acked; repeats, too: whoever acked them first may be dead."""
+        retention = self._member.retention
+        kept = retention.epoch(shard, epoch)
+        nbytes = turns = 0
+        for operation, answer in zip(operations, answers, strict=True):
+            if answer[0] in _DIGITS:
+                count = len(operation.ids)
+                held = operation.nbytes + count * OVERHEAD_BYTES
+                kept[int(answer)] = (held, count, operation.arguments)
+                nbytes += held
+                turns += count
+            elif answer[0] == _DUPLICATE:
+                for index, sequence in enumerate(map(int, answer[1:].split(b","))):
+                    arguments = operation.arguments[4 * index : 4 * index + 4]
+                    retention.keep(shard, epoch, sequence, 1, arguments, len(arguments[3]))
+        retention.bytes += nbytes
+        retention.turns += turns
 
-        task = asyncio.create_task(refresh(), name="path-refresh-after-refusal")
-        self._refreshes.add(task)
-        task.add_done_callback(self._refreshes.discard)
+    def _not_an_ack(self, operations: list[Operation]) -> None:
+        """The answer came after its epoch ended here, or too late: it is asked for again, by id."""
+        for operation in operations:
+            operation.in_flight = False
+            operation.maybe_stored = True
+            operation.trouble = "the path has changed"
+        self._parked.update(operations)
+        self._member.suspect()
+
+    def _deliver_direct(self, operation: Operation, outcome: Outcome) -> None:
+        self._finish(operation)
+        self._answered += 1
+        self._metrics.append_seconds.observe(self._loop.time() - operation.began)
+        if isinstance(outcome, list):
+            how = "duplicate" if outcome[0].duplicate else "acked"
+            self._metrics.appends.inc(("direct", operation.level, how), len(outcome))
+        if operation.future.done():
+            return
+        if isinstance(outcome, list):
+            operation.future.set_result((0, outcome))
+        else:
+            operation.future.set_exception(outcome)
 
     def _lose_what_is_under_way(self, error: BufferError, *, never_sent: list[_Call] | None = None) -> None:
         """The connection is gone: what it carried goes back to the queue, in order, its outcome open."""
@@ -271,7 +376,7 @@ class Coalescer:
         self._under_way.clear()
         self._put_back(lost)
 
-    def _put_back(self, operations: list[Operation]) -> None:
+    def _put_back(self, operations: Sequence[Operation]) -> None:
         self._parked.difference_update(operations)
         self._queue.extendleft(reversed(operations))
         self._to_send.set()
@@ -294,9 +399,18 @@ class Coalescer:
             self._answered_per_second += 0.2 * (answered - self._answered_per_second)
             now = self._loop.time()
             under_way = [operations for calls in self._under_way for _, _, operations in calls]
-            for operation in itertools.chain(self._queue, self._parked, *under_way):
+            everything = itertools.chain(self._queue, self._parked, self._direct.everything(), *under_way)
+            for operation in everything:
                 if operation.began + operation.limit_seconds <= now:
                     operation.expire()
+            if self._parked or self._lost_since is not None:
+                self._put_back([op for op in self._parked if self._may_go_on(op)])
+                self._to_send.set()
+
+    def _may_go_on(self, operation: Operation) -> bool:
+        """Given up by its caller, or the shard is open: a permit comes without a change of the path."""
+        mode = self._member.states[operation.shard].mode
+        return operation.future.done() or mode == "direct" or (mode == "stream" and self._member.permitted())
 
 
 def _closing(operation: Operation | None = None) -> BufferError:

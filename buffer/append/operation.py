@@ -9,7 +9,10 @@ import msgspec
 from msgspec import structs
 
 from buffer.errors import OutcomeUnknown, RedisUnavailable
-from buffer.model.types import Level
+from buffer.model.types import Level, Receipt
+
+# Of Redis: the epoch and the script's answer. Of Postgres: the epoch and the receipts.
+Answer = tuple[int, bytes | list[Receipt]]
 
 
 class Operation(msgspec.Struct, eq=False, gc=False):
@@ -28,16 +31,19 @@ class Operation(msgspec.Struct, eq=False, gc=False):
     level: Level
     limit_seconds: float
     began: float  # the loop's time
-    future: asyncio.Future[tuple[int, bytes]]
+    future: asyncio.Future[Answer]
+    fresh: bool = False  # every id was made here, for this append
     token: bytes = b""  # lease under which ``expected`` was confirmed in Postgres
     in_flight: bool = False
     maybe_stored: bool = False
+    looked_up_in: int = 0  # the epoch in which Postgres did not know the ids
+    mismatch: int | None = None  # what Postgres said is the last position, instead of ``expected``
     trouble: str = ""  # why the last attempt did not succeed
 
-    def confirmed(self, token: bytes) -> Operation:
-        """The same operation once more, now that Postgres confirmed ``expected`` under a lease."""
+    def again(self, token: bytes, mismatch: int | None) -> Operation:
+        """The same operation once more, with what Postgres said of the last position under a lease."""
         future = self.future.get_loop().create_future()
-        return structs.replace(self, token=token, future=future, in_flight=False)
+        return structs.replace(self, token=token, mismatch=mismatch, future=future, in_flight=False)
 
     def expire(self) -> None:
         """Tell the caller that its time is up."""
@@ -45,8 +51,8 @@ class Operation(msgspec.Struct, eq=False, gc=False):
             return
         within = f"within {self.limit_seconds:g} s" + (f" ({self.trouble})" if self.trouble else "")
         if self.maybe_stored or self.in_flight:
-            text = f"no answer from Redis {within}; repeat it with the same ids"
+            text = f"no certain answer {within}; repeat it with the same ids"
             self.future.set_exception(OutcomeUnknown(text, ids=self.ids))
         else:
-            text = f"Redis did not take the append {within}"
+            text = f"the append was not taken {within}"
             self.future.set_exception(RedisUnavailable(text, retry_after=1.0))

@@ -209,7 +209,7 @@ async def flush(bench: Bench) -> list[Result]:
 
 async def _drain(bench: Bench) -> float:
     """Rows a second from the first fetch until Redis has forgotten the last one."""
-    async with Runtime.open(bench.settings, flusher=False) as runtime:
+    async with Runtime.open(bench.settings, flusher=False, accepting=False) as runtime:
         backlogs = await runtime.shards.peek(range(bench.settings.shards))
         waiting = sum(backlog.turns for backlog in backlogs)
         async with runtime.flushing():  # its first claim was tried, and its first fetch comes next

@@ -98,7 +98,7 @@ class _Stopped(Exception):
 async def _flush_until(stop: anyio.Event, settings: Settings) -> None:
     while True:
         try:
-            async with Runtime.open(settings, flusher=False) as runtime:
+            async with Runtime.open(settings, flusher=False, accepting=False) as runtime:
                 await _flush(runtime, stop)
                 return
         except* (SchemaMismatch, Unavailable) as errors:

@@ -51,7 +51,7 @@ def status(
     settings = (common or Common(log_level="warning")).settings()
 
     async def main() -> int:
-        async with Runtime.open(settings, flusher=False) as runtime:
+        async with Runtime.open(settings, flusher=False, accepting=False) as runtime:
             while True:
                 rows = await collect(runtime)
                 lag = max((row.oldest_age_seconds for row in rows), default=0.0)

@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import anyio
 
@@ -28,12 +29,15 @@ from buffer.metrics import Metrics
 from buffer.model.ids import uuid7_hex
 from buffer.model.position import pack
 from buffer.model.record import batch_continues
+from buffer.path.manager import Manager
 from buffer.policy.backoff import full_jitter
 from buffer.policy.triggers import Triggers, fetch_count
 from buffer.settings import Settings
+from buffer.store.paths import PathStore
 from buffer.store.pool import Database
 from buffer.store.shards import ShardStore
 from buffer.stream.client import RedisClient
+from buffer.stream.grants import Grants
 from buffer.stream.shards import RawEntry, Shards
 
 _log = logging.getLogger(__name__)
@@ -58,6 +62,8 @@ class Flusher:
         client: RedisClient,
         shards: Shards,
         database: Database,
+        paths: PathStore,
+        make_grants: Callable[[Callable[[], str | None]], Grants],
         metrics: Metrics,
         flusher_id: str,
     ) -> None:
@@ -71,16 +77,26 @@ class Flusher:
             settings.flush_max_turns, settings.flush_max_bytes, settings.flush_interval_seconds
         )
         self._tick_seconds = min(0.1, settings.flush_interval_seconds / 5)
-        self._holdings = Holdings(flusher_id, settings.lease_seconds, shards, ShardStore(database), metrics)
+        self._manager = Manager(settings, paths, make_grants, flusher_id, self._path_changed)
+        self._holdings = Holdings(
+            flusher_id,
+            settings.lease_seconds,
+            shards,
+            ShardStore(database),
+            paths,
+            metrics,
+            lambda: self._manager.cut_off,
+        )
         self._nudged: set[int] = set()
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
         self._failures = 0
+        self._path_moved = False
 
     @property
     def held(self) -> list[int]:
         """The shards that this flusher holds."""
-        return sorted(self._holdings.cursors)
+        return self._holdings.held
 
     def stop(self) -> None:
         """Ask for a last flush, hand the shards over, and return from `run`."""
@@ -91,11 +107,18 @@ class Flusher:
         """Flush until `stop`; ``started`` once the first claim was tried."""
         async with anyio.create_task_group() as tasks:
             await tasks.start(self._keep_shards)
+            tasks.start_soon(self._manager.run)
             tasks.start_soon(self._listen)
             task_status.started()
             await self._flush_until_stopped()
             await self._holdings.hand_over()
+            await self._manager.resign()
             tasks.cancel_scope.cancel()
+
+    def _path_changed(self) -> None:
+        """A shard was closed, or is open again: look which of ours are to be flushed."""
+        self._path_moved = True
+        self._wakeup.set()
 
     async def _keep_shards(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         await self._holdings.keep(self._wakeup, task_status)
@@ -120,6 +143,9 @@ class Flusher:
 
     async def _flush_until_stopped(self) -> None:
         while not self._stopping.is_set():
+            if self._path_moved:
+                self._path_moved = False
+                await self._guarded(self._holdings.resync())
             await self._guarded(self._flush_what_is_due())
             with anyio.move_on_after(self._tick_seconds):
                 await self._wakeup.wait()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
 
-from buffer.errors import BufferError
+from buffer.errors import BufferError, RedisUnavailable
 from buffer.metrics import Metrics
 from buffer.model.position import epoch_of, sequence_of
+from buffer.store.paths import PathStore
 from buffer.store.shards import Owned, ShardStore
 from buffer.stream.shards import Backlog, Shards
 
@@ -52,15 +54,25 @@ class Holdings:
     """The shards of one flusher."""
 
     def __init__(
-        self, flusher_id: str, lease_seconds: float, shards: Shards, store: ShardStore, metrics: Metrics
+        self,
+        flusher_id: str,
+        lease_seconds: float,
+        shards: Shards,
+        store: ShardStore,
+        paths: PathStore,
+        metrics: Metrics,
+        cut_off: Callable[[], bool],
     ) -> None:
         self._id = flusher_id
         self._lease_seconds = lease_seconds
         self._shards = shards
         self._store = store
+        self._paths = paths
+        self._cut_off = cut_off
         self._metrics = metrics
         self._changing = asyncio.Lock()
-        self.cursors: dict[int, Cursor] = {}
+        self.held: list[int] = []
+        self.cursors: dict[int, Cursor] = {}  # of those whose path is the stream
 
     async def keep(self, changed: asyncio.Event, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Renew, claim and give back until cancelled; ``started`` once the first claim was tried."""
@@ -87,14 +99,21 @@ class Holdings:
         """Give everything back; what cannot be given back is left to its lease."""
         with anyio.move_on_after(_HAND_OVER_SECONDS, shield=True):
             try:
-                await self._store.release(self._id, sorted(self.cursors))
+                await self._store.release(self._id, self.held)
                 await self._store.leave(self._id)
             except BufferError as error:
                 _log.warning("flusher %s leaves its shards to their leases: %s", self._id, error)
         for shard in sorted(self.cursors):
             self.drop(shard)
+        self.held = []
 
     async def _share(self) -> None:
+        if self._cut_off():  # others can flush
+            await self._store.release(self._id, self.held)
+            for shard in list(self.cursors):
+                self.drop(shard)
+            self.held = []
+            return
         held, fair = await self._store.hold(self._id, self._lease_seconds, len(self._shards.keys))
         now = {owned.shard: owned for owned in held}
         for shard in set(self.cursors) - set(now):
@@ -102,11 +121,15 @@ class Holdings:
             self.drop(shard)
         for shard, owned in now.items():
             known = self.cursors.get(shard)
-            if known is None or known.owned.fence != owned.fence:
+            if known is None or (known.owned.fence, known.owned.path_epoch) != (
+                owned.fence,
+                owned.path_epoch,
+            ):
                 await self._adopt(owned)
-        for shard in sorted(self.cursors)[fair:]:
+        for shard in sorted(now)[fair:]:
             self.drop(shard)
             await self._store.release(self._id, [shard])
+        self.held = sorted(now)[:fair]
 
     def drop(self, shard: int) -> None:
         """The shard is not ours any more."""
@@ -114,21 +137,24 @@ class Holdings:
         self._metrics["shard_owned"].labels(shard=shard).set(0)
 
     async def _adopt(self, owned: Owned) -> None:
-        """Find out where a shard stands in both stores, and open it in Redis if it never was."""
+        """Find out where a shard stands in both stores, if its path is the stream."""
+        if owned.mode != "stream":
+            self.cursors.pop(owned.shard, None)
+            return
         (backlog,) = await self._shards.peek([owned.shard])
-        if backlog.epoch is None:
-            epoch = await self._store.next_epoch(owned, self._id)
-            if epoch is None:
-                return
-            if owned.flushed_through:
-                _log.error("shard %d: Redis has lost its data; going on in epoch %d", owned.shard, epoch)
-            await self._shards.grant(owned.shard, epoch)
-            owned = owned._replace(path_epoch=epoch)
-            (backlog,) = await self._shards.peek([owned.shard])
         same_epoch = epoch_of(owned.flushed_through) == owned.path_epoch and owned.flushed_through > 0
         committed = sequence_of(owned.flushed_through) if same_epoch else -1
         cursor = Cursor(owned, max(committed, backlog.mark), backlog.mark)
         if backlog.epoch != owned.path_epoch:
-            cursor.hold_back(f"Redis has epoch {backlog.epoch}, Postgres {owned.path_epoch}")
+            # The path's managers see the same, and either grant the epoch or close the path.
+            raise RedisUnavailable(
+                f"shard {owned.shard}: Redis has epoch {backlog.epoch}, not {owned.path_epoch}"
+            )
+        if backlog.mark > committed and (
+            lost := await self._paths.went_back(owned.shard, owned.path_epoch, backlog.mark)
+        ):
+            _log.critical(
+                "shard %d: Postgres was rolled back; positions %d to %d are lost", owned.shard, *lost
+            )
         self.cursors[owned.shard] = cursor
         self._metrics["shard_owned"].labels(shard=owned.shard).set(1)

@@ -2,22 +2,27 @@
 
 The order matters: what is flushed between the two steps is seen in both, and `buffer.policy.merge`
 tells which one counts. The other way round it could be seen in neither.
+
+Postgres's answer names the path of the same snapshot: if it is not the one by which the read began, the
+read is done again. While the path is direct, Postgres alone has everything.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from buffer.errors import RedisUnavailable
 from buffer.metrics import Metrics
 from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import MAX_POSITION, pack
 from buffer.model.record import Record
 from buffer.model.types import Item, Slice
-from buffer.path import Path
+from buffer.path.member import Member
 from buffer.policy.merge import (
     Pending,
     between,
@@ -30,32 +35,43 @@ from buffer.policy.merge import (
 )
 from buffer.store import items as store_items
 from buffer.store.items import ItemReader, StoredItem, Where
-from buffer.stream.shards import Refused, Shards
+from buffer.stream.link import LinkLost
+from buffer.stream.shards import RawEntry, Refused, Shards
 
 _T = TypeVar("_T")
 
 # Tail entries that one round trip brings at the most: an item may have 1 MiB.
 _TAIL_CHUNK = 100
-_ATTEMPTS = 3
+_AGAIN_SECONDS = 0.02
 
 
 @dataclass(slots=True)
 class _Tail:
     """A conversation's unflushed records as one picture, and what they mean for a merge."""
 
+    epoch: int
+    mode: str
     records: dict[int, Record]
     pending: list[Pending]
+    entries: list[RawEntry]
     whole: bool = False
+
+
+class _PathMoved(RedisUnavailable):
+    """The path changed while a read was under way; it is done again."""
 
 
 class Reader:
     """Reads of this process."""
 
-    def __init__(self, shards: Shards, path: Path, items: ItemReader, metrics: Metrics) -> None:
+    def __init__(
+        self, shards: Shards, member: Member, items: ItemReader, metrics: Metrics, timeout_seconds: float
+    ) -> None:
         self._shards = shards
-        self._path = path
+        self._member = member
         self._items = items
         self._metrics = metrics
+        self._timeout_seconds = timeout_seconds
 
     async def newest(
         self, tenant: str, conversation: str, limit: int, after: int = 0, before: int = MAX_POSITION
@@ -66,7 +82,7 @@ class Reader:
             Unavailable: a store that is needed for the answer did not give it.
         """
         where = self._where(tenant, conversation, after, before)
-        return await self._again_if_refused(lambda: self._newest(where, limit))
+        return await self._while_the_path_moves(where.shard, lambda: self._newest(where, limit))
 
     async def oldest(
         self, tenant: str, conversation: str, limit: int, after: int = 0, before: int = MAX_POSITION
@@ -77,15 +93,18 @@ class Reader:
             Unavailable: a store that is needed for the answer did not give it.
         """
         where = self._where(tenant, conversation, after, before)
-        return await self._again_if_refused(lambda: self._oldest(where, limit))
+        return await self._while_the_path_moves(where.shard, lambda: self._oldest(where, limit))
 
     async def position_of(self, tenant: str, conversation: str, item_id: str) -> int | None:
         """Where an item stands, flushed or not; None if there is no such item."""
+        where = self._where(tenant, conversation, 0, MAX_POSITION)
 
         async def find() -> int | None:
-            tail = await self._tail(self._where(tenant, conversation, 0, MAX_POSITION), enough=None)
+            tail = await self._tail(where, enough=None)
             ids = [item_id, *(p.item_id for p in tail.pending)]
             stored = await self._items.positions(tenant, conversation, ids)
+            if not self._member.may_show(where.shard, tail.epoch, tail.mode):
+                raise _PathMoved("the path has changed")
             fresh = [p for p in tail.pending if p.item_id not in stored]  # the rest are repeats, or flushed
             if item_id in stored:
                 position, removed = stored[item_id]
@@ -93,10 +112,10 @@ class Reader:
                 position, removed = next((p.position for p in fresh if p.item_id == item_id), 0), False
             return position if position and not removed and visible(position, removals(fresh)) else None
 
-        return await self._again_if_refused(find)
+        return await self._while_the_path_moves(where.shard, find)
 
     def _where(self, tenant: str, conversation: str, after: int, before: int) -> Where:
-        shard = shard_of(conversation_key(tenant, conversation), len(self._path.epochs))
+        shard = shard_of(conversation_key(tenant, conversation), len(self._member.states))
         return Where(tenant, conversation, shard, after, before)
 
     async def _newest(self, where: Where, limit: int) -> Slice:
@@ -107,18 +126,20 @@ class Reader:
         if stored.known and not tail.whole:  # some of what seemed enough does not count
             tail = await self._tail(where, enough=None)
             stored = await self._items.newest(where, wanted, tail.pending)
+        self._check_path(where, tail, stored)
         older = [_from_store(row) for row in reversed(stored.items)]
         newer = _new_in_tail(tail, stored, where)
-        self._observe("merged", began)
+        self._observe(tail, began)
         return Slice(*newest_page(older, newer, limit), stored.complete)
 
     async def _oldest(self, where: Where, limit: int) -> Slice:
         began = time.perf_counter()
         tail = await self._tail(where, enough=None)
         stored = await self._items.oldest(where, limit + 1, tail.pending)
+        self._check_path(where, tail, stored)
         older = [_from_store(row) for row in stored.items]
         newer = _new_in_tail(tail, stored, where) if len(older) <= limit else []
-        self._observe("merged", began)
+        self._observe(tail, began)
         return Slice(*oldest_page(older, newer, limit), stored.complete)
 
     async def _tail(self, where: Where, *, enough: int | None) -> _Tail:
@@ -128,14 +149,19 @@ class Reader:
         read last. Removals act backwards, so the newest chunk must come first.
         """
         key = conversation_key(where.tenant, where.conversation)
-        epoch = self._path.epochs[where.shard]
-        tail = _Tail({}, [])
+        state = await self._member.open(where.shard, self._timeout_seconds)
+        epoch = state.epoch
+        tail = _Tail(epoch, state.mode, {}, [], [])
+        if state.mode == "direct":
+            tail.whole = True
+            return tail
         older_from: int | None = None
         while True:
             chunk = await self._shards.tail(where.shard, epoch, key, _TAIL_CHUNK, older_from)
             older = [Pending(pack(epoch, r.sequence), r.item_id, r.replace_after) for r in chunk.records]
             tail.records.update(zip((p.position for p in older), chunk.records, strict=True))
             tail.pending = older + tail.pending
+            tail.entries = chunk.entries + tail.entries
             if chunk.older is None:
                 tail.whole = True
                 return tail
@@ -143,15 +169,39 @@ class Reader:
                 return tail
             older_from = chunk.older
 
-    async def _again_if_refused(self, read: Callable[[], Awaitable[_T]]) -> _T:
-        for _ in range(_ATTEMPTS - 1):
+    def _check_path(self, where: Where, tail: _Tail, stored: store_items.Slice) -> None:
+        """The tail and the rows belong together, and what is shown from the tail stays with this process.
+
+        Raises:
+            _PathMoved: they do not; read again.
+        """
+        same = (stored.epoch, stored.mode) == (tail.epoch, tail.mode)
+        if not same or not self._member.may_show(where.shard, tail.epoch, tail.mode):
+            raise _PathMoved("the path has changed")
+        if tail.entries:
+            new = [
+                e
+                for e, p in zip(tail.entries, tail.pending, strict=True)
+                if p.position > stored.flushed_through
+            ]
+            self._member.retention.keep_entries(where.shard, tail.epoch, new)
+
+    async def _while_the_path_moves(self, shard: int, read: Callable[[], Awaitable[_T]]) -> _T:
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            epoch = self._member.states[shard].epoch
             try:
                 return await read()
-            except Refused:
-                await self._path.refresh()
-        return await read()
+            except (Refused, LinkLost, _PathMoved) as error:
+                if time.monotonic() > deadline:
+                    raise
+                if isinstance(error, Refused):
+                    self._member.refused(shard, epoch)
+                self._member.suspect()
+                await asyncio.sleep(_AGAIN_SECONDS)
 
-    def _observe(self, source: str, began: float) -> None:
+    def _observe(self, tail: _Tail, began: float) -> None:
+        source = "merged" if tail.mode == "stream" else "postgres"
         self._metrics["read_duration_seconds"].labels(source=source).observe(time.perf_counter() - began)
 
 

@@ -75,9 +75,12 @@ class Slice:
     """Items in the order of the query, and how far their shard was flushed in the same snapshot.
 
     ``known`` holds those of the unflushed ids that are stored already. ``complete`` is False while the
-    conversation has dead letters.
+    conversation has dead letters, or a process that may hold a part of the shard is missing. ``epoch`` and
+    ``mode`` are the shard's path.
     """
 
+    epoch: int
+    mode: str
     flushed_through: int
     items: list[StoredItem]
     known: frozenset[str]
@@ -115,6 +118,8 @@ class ItemReader:
                 [p.item_id for p in pending],
             )
         return Slice(
+            rows[0]["path_epoch"],
+            rows[0]["mode"],
             rows[0]["flushed_through"],
             [
                 StoredItem(r["position"], r["item_id"], r["created_at"], r["data"])
@@ -122,7 +127,7 @@ class ItemReader:
                 if r["position"] is not None
             ],
             frozenset(rows[0]["known"]),
-            not rows[0]["dead"],
+            not rows[0]["incomplete"],
         )
 
     async def last_position(self, tenant: str, conversation: str) -> int | None:

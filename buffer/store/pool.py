@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeAlias
@@ -84,9 +85,22 @@ class Database:
     finds and ends a transaction that it left open.
     """
 
-    def __init__(self, settings: Settings, application_name: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        application_name: str,
+        *,
+        most_connections: int | None = None,
+        acquire_seconds: float = 5.0,
+    ) -> None:
         self._settings = settings
         self._application_name = application_name
+        self._most_connections = most_connections or settings.postgres_pool_max
+        self._acquire_seconds = acquire_seconds
+        self._begin = (
+            "set local synchronous_commit = on; "
+            f"set local idle_in_transaction_session_timeout = {settings.heartbeat_timeout_seconds * 1000:.0f}"
+        )
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self.on_query: Callable[[], None] | None = None
         self.timeout_seconds = settings.postgres_timeout_seconds
@@ -98,8 +112,8 @@ class Database:
             self._pool = await asyncpg.create_pool(
                 self._settings.postgres_url,
                 min_size=0,
-                max_size=self._settings.postgres_pool_max,
-                timeout=min(timeout, 5.0),
+                max_size=self._most_connections,
+                timeout=min(timeout, self._acquire_seconds),
                 command_timeout=timeout,
                 statement_cache_size=0 if self._settings.postgres_pooled else 100,
                 server_settings={"application_name": self._application_name},
@@ -131,14 +145,31 @@ class Database:
             self.on_query()
         with translated():
             async with self._pool.acquire(
-                timeout=min(5.0, self._settings.postgres_timeout_seconds)
+                timeout=min(self._acquire_seconds, self._settings.postgres_timeout_seconds)
             ) as connection:
-                yield connection
+                try:
+                    yield connection
+                except asyncio.CancelledError:
+                    # Ended in good manners it would wait for a server that may not answer at all.
+                    connection.terminate()
+                    raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """A transaction whose commit is on disk when it returns."""
-        async with self.connection() as connection, connection.transaction():
-            # Before an ack or a trim nothing less will do, whatever the role's or the server's default is.
-            await connection.execute("set local synchronous_commit = on")
-            yield connection
+        async with self.connection() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                # Before an ack or a trim nothing less will do, whatever the role's or the server's default
+                # is. Whoever is stopped within a transaction must not keep its locks.
+                await connection.execute(self._begin)
+                yield connection
+            except asyncio.CancelledError:
+                connection.terminate()
+                raise
+            except BaseException:
+                with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                    await transaction.rollback()
+                raise
+            await transaction.commit()

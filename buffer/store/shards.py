@@ -20,6 +20,7 @@ class Owned(NamedTuple):
     fence: int
     path_epoch: int
     flushed_through: int
+    mode: str = "stream"
 
 
 class Advance(NamedTuple):
@@ -38,6 +39,8 @@ class ShardStatus:
 
     shard: int
     path_epoch: int
+    mode: str
+    clean: bool
     owner: str | None
     fence: int
     owned: bool
@@ -56,11 +59,6 @@ class ShardStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-
-    async def epochs(self) -> list[int]:
-        """The path epoch of every shard."""
-        async with self._database.connection() as connection:
-            return [r["path_epoch"] for r in await connection.fetch(_SQL["paths"])]
 
     async def status(self) -> list[ShardStatus]:
         """Every shard's row."""
@@ -96,14 +94,6 @@ class ShardStore:
         """Stop counting as a live flusher."""
         async with self._database.connection() as connection:
             await connection.execute(_SQL["leave"], flusher)
-
-    async def next_epoch(self, owned: Owned, flusher: str) -> int | None:
-        """Begin a new path epoch; None if the shard is not ours any more."""
-        async with self._database.transaction() as connection:
-            epoch: int | None = await connection.fetchval(
-                _SQL["next_epoch"], owned.shard, owned.path_epoch, flusher, owned.fence
-            )
-        return epoch
 
 
 async def advance(

@@ -7,7 +7,7 @@ append path knows that this is safe (its ids make it so).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -47,9 +47,14 @@ class RedisClient:
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         return connection
 
-    def link(self, *, timeout_seconds: float | None = None) -> Link:
-        """A new link; ``timeout_seconds`` bounds each of its round trips."""
-        return Link(self._make_connection, timeout_seconds or self._timeout_seconds)
+    def link(
+        self, expected: Callable[[], str | None] = lambda: None, *, timeout_seconds: float | None = None
+    ) -> Link:
+        """A new link to the server with the ``expected`` run id, or to any.
+
+        ``timeout_seconds`` bounds each of its round trips.
+        """
+        return Link(self._make_connection, timeout_seconds or self._timeout_seconds, expected)
 
     async def info(self, *sections: str) -> dict[str, Any]:
         """Redis's ``INFO``, parsed by the driver.

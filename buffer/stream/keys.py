@@ -12,15 +12,17 @@ class ShardKeys:
     ``buffer:{3}:stream``      stream  every unflushed item, once, in order; each entry names the one
                                        before it in its conversation
     ``buffer:{3}:shard``       hash    the grant's ``epoch``, the flushed-through ``mark``, ``bytes``;
-                                       and for each ``tenant/conversation`` its last unflushed entry
+                                       for each member ``@process``; for each ``tenant/conversation``
+                                       its last unflushed entry; or, without a grant, the ``fence``
     ``buffer:{3}:ids`` .old    hash    idempotency window: id digest to body digest and sequence
     ``buffer:{3}:leases``      hash    who looks a conversation up in Postgres
+    ``buffer:{3}:managers``    hash    which of the processes' questions each path manager has answered
     =========================  ======  =============================================================
 
     None has a TTL: an eviction policy of ``volatile-*`` cannot touch them.
     """
 
-    __slots__ = ("ids", "ids_old", "leases", "shard", "stream")
+    __slots__ = ("ids", "ids_old", "leases", "managers", "shard", "stream")
 
     def __init__(self, prefix: str, shard: int) -> None:
         tag = f"{prefix}:{{{shard}}}:".encode()
@@ -29,6 +31,12 @@ class ShardKeys:
         self.ids = tag + b"ids"
         self.ids_old = tag + b"ids.old"
         self.leases = tag + b"leases"
+        self.managers = tag + b"managers"
+
+
+def member_field(process: str) -> bytes:
+    """The field of the shard's hash that makes a process a member of the grant; it holds no ``/``."""
+    return b"@" + process.encode()
 
 
 def channel(prefix: str, name: str) -> bytes:

@@ -34,6 +34,10 @@ class LinkLost(RedisUnavailable):
         self.sent = sent
 
 
+class WrongServer(LinkLost):
+    """Another server incarnation answers than the one that holds the grant; nothing was sent."""
+
+
 def script_call(script: Script, keys: Sequence[bytes], args: Sequence[bytes]) -> Command:
     """A call of ``script``; the link sends its text once a connection, and its SHA from then on."""
     return (script, keys, args)
@@ -43,12 +47,22 @@ class Link:
     """A connection and the discipline around it: batches of commands go out and come back in order.
 
     One task may send while another one receives; two senders or two receivers at a time may not be.
+
+    ``expected`` tells the run id that the server must have, or None for any. A server that restarted, or
+    a replica that was promoted, has another one, and may have lost what the one before had acked.
     """
 
-    def __init__(self, make_connection: Callable[[], AbstractConnection], timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        make_connection: Callable[[], AbstractConnection],
+        timeout_seconds: float,
+        expected: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._make_connection = make_connection
         self._timeout_seconds = timeout_seconds
+        self._expected = expected
         self._connection: AbstractConnection | None = None
+        self.run_id = ""
         self._loaded: set[bytes] = set()
         self._failures = 0
 
@@ -66,6 +80,7 @@ class Link:
 
         Raises:
             LinkLost: ``sent`` is False if no connection could be made.
+            WrongServer: it was, and leads to another server than the expected one.
         """
         sent = False
         try:
@@ -73,9 +88,13 @@ class Link:
                 connection = self._connection
                 if connection is None or not connection.is_connected:
                     connection = await self._connect()
+                await self._check_server()
                 packed = [hiredis.pack_command(self._words(command)) for command in commands]
                 sent = True
                 await connection.send_packed_command(packed, check_health=False)
+        except LinkLost:
+            self._failures += 1
+            raise
         except (RedisError, OSError, TimeoutError, EOFError) as error:
             raise await self._lost(self._connection, error, sent=sent) from error
         except BaseException:
@@ -107,6 +126,12 @@ class Link:
         self._failures = 0
         return reply
 
+    async def _check_server(self) -> None:
+        expected = self._expected()
+        if expected is not None and expected != self.run_id:
+            await self.close()  # the next connection may lead to the right one
+            raise WrongServer("Redis: this server does not hold the grant", sent=False)
+
     def _words(self, command: Command) -> tuple[Any, ...]:
         script = command[0]
         if not isinstance(script, Script):
@@ -120,7 +145,14 @@ class Link:
     async def _connect(self) -> AbstractConnection:
         await self.close()
         connection = self._make_connection()
-        await connection.connect()  # type: ignore[no-untyped-call]
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            await connection.send_command("INFO", "server")
+            info = await connection.read_response(disable_decoding=True)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self.run_id = _run_id(info)
         self._connection = connection
         return connection
 
@@ -136,12 +168,24 @@ class Link:
         """Seconds to wait before the next attempt: exponential with full jitter, bounded."""
         return full_jitter(self._failures, _RECONNECT_FIRST_SECONDS, _RECONNECT_MOST_SECONDS)
 
+    def abort(self) -> None:
+        """Drop the connection at once: whoever waits for a reply gets `LinkLost`."""
+        if self._connection is not None and self._connection._writer is not None:  # noqa: SLF001 - no other way
+            self._connection._writer.transport.abort()  # noqa: SLF001
+
     async def close(self) -> None:
         """Drop the connection; the next send makes a new one."""
         connection, self._connection = self._connection, None
         self._loaded.clear()
         if connection is not None:
             await connection.disconnect(nowait=True)
+
+
+def _run_id(info: bytes) -> str:
+    for line in info.splitlines():
+        if line.startswith(b"run_id:"):
+            return line[7:].decode()
+    raise RedisError("INFO does not tell the server's run_id")
 
 
 _Waiting = list[tuple[Sequence[Command], "asyncio.Future[list[Any]]"]]

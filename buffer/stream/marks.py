@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import itertools
 import logging
+from collections.abc import Callable
 
 from buffer.errors import BufferError, RedisUnavailable
 from buffer.model.position import epoch_of, pack, sequence_of
@@ -33,6 +34,8 @@ class Marks:
         self._client = client
         self._shards = shards
         self._through = [(0, -1)] * len(shards.keys)  # epoch, sequence
+        self._all_before = [0] * len(shards.keys)  # epoch
+        self.on_mark: Callable[[int, int, int], None] = lambda *_: None
         self._waiters: list[list[_Waiter]] = [[] for _ in shards.keys]
         self._order = itertools.count()
         self._someone_waits = asyncio.Event()
@@ -46,7 +49,16 @@ class Marks:
         if (epoch, sequence) <= self._through[shard]:
             return
         self._through[shard] = (epoch, sequence)
-        first, last = pack(epoch, 0), pack(epoch, sequence)
+        self.on_mark(shard, epoch, sequence)
+        self._release(shard, pack(epoch, 0), pack(epoch, sequence))
+
+    def everything_before(self, shard: int, epoch: int) -> None:
+        """Learn that nothing of older epochs is left outside of Postgres: a path was closed, and is clean."""
+        if epoch > self._all_before[shard]:
+            self._all_before[shard] = epoch
+            self._release(shard, 0, pack(epoch, 0) - 1)
+
+    def _release(self, shard: int, first: int, last: int) -> None:
         waiters = self._waiters[shard]
         others: list[_Waiter] = []
         while waiters and waiters[0][0] <= last:
@@ -60,6 +72,9 @@ class Marks:
 
     async def wait(self, shard: int, position: int) -> None:
         """Return once ``position`` of the shard is flushed; nudges whoever flushes it.
+
+        Of an older epoch it says that nothing is left to wait for; whether the item is in Postgres, Postgres
+        knows.
 
         Raises:
             RedisUnavailable: this process closes.
@@ -79,6 +94,8 @@ class Marks:
 
     def _reached(self, shard: int, position: int) -> bool:
         epoch, sequence = self._through[shard]
+        if epoch_of(position) < self._all_before[shard]:
+            return True
         return epoch_of(position) == epoch and sequence_of(position) <= sequence
 
     async def run(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from redis.exceptions import (
 from buffer.errors import BufferError, RedisUnavailable
 from buffer.model.record import Record, UnknownRecordFormat, created_ms, decode_entry
 from buffer.stream import scripts
-from buffer.stream.keys import ShardKeys, channel
+from buffer.stream.keys import ShardKeys, channel, member_field
 from buffer.stream.link import Calls, Command, script_call
 
 
@@ -53,7 +53,7 @@ def error_of(reply: ResponseError) -> BufferError:
 
 def _refusal(text: str) -> str:
     if text.endswith("none"):
-        return "no flusher has opened this shard in Redis yet; is one running, with the same key prefix?"
+        return "Redis: the shard is not open in Redis"
     return f"Redis: {text}"
 
 
@@ -76,14 +76,20 @@ class Backlog:
     mark: int
     turns: int
     bytes: int
+    settled_bytes: int
     oldest_ms: int | None
 
 
 @dataclass(slots=True, frozen=True)
 class Tail:
-    """A conversation's unflushed records, in order; ``older`` is where to go on for those before, if any."""
+    """A conversation's unflushed records, in order; ``older`` is where to go on for those before, if any.
 
+    ``entries`` are the same as they stand in the stream; ``mark`` is the shard's flushed-through sequence.
+    """
+
+    mark: int
     records: list[Record]
+    entries: list[RawEntry]
     older: int | None
 
 
@@ -100,8 +106,9 @@ class Settlement:
 class Shards:
     """The shards of one Redis, over shared calls."""
 
-    def __init__(self, calls: Calls, prefix: str, shards: int) -> None:
+    def __init__(self, calls: Calls, prefix: str, shards: int, process: str) -> None:
         self._calls = calls
+        self.member = member_field(process)
         self.keys = [ShardKeys(prefix, shard) for shard in range(shards)]
         self._nudge = channel(prefix, "nudge")
         self._flushed = channel(prefix, "flushed")
@@ -114,11 +121,27 @@ class Shards:
     async def _call(self, *commands: Command) -> list[Any]:
         return [checked(reply) for reply in await self._calls.submit(commands)]
 
-    async def grant(self, shard: int, epoch: int) -> int:
-        """Open the shard for ``epoch``; the epoch in force afterwards."""
+    async def join(self, epochs: Mapping[int, int]) -> None:
+        """Become a member of the grants of these shards; it must be registered in Postgres before.
+
+        Raises:
+            Refused: a shard has no grant of that epoch.
+        """
+        await self._call(
+            *(
+                script_call(scripts.JOIN, (self.keys[shard].shard,), (b"%d" % epoch, self.member))
+                for shard, epoch in epochs.items()
+            )
+        )
+
+    async def ask(self, shard: int, epoch: int) -> tuple[int, int]:
+        """Ask whether Postgres is away for all managers: this question's number, the last one answered."""
         keys = self.keys[shard]
-        (reply,) = await self._call(script_call(scripts.GRANT, (keys.stream, keys.shard), (b"%d" % epoch,)))
-        return int(reply)
+        (reply,) = await self._call(
+            script_call(scripts.ASK, (keys.shard, keys.managers), (b"%d" % epoch, self.member))
+        )
+        question, answered = reply
+        return question, answered
 
     async def peek(self, shards: Sequence[int]) -> list[Backlog]:
         """The backlog of each shard, in one round trip."""
@@ -131,9 +154,10 @@ class Shards:
                 int(mark),
                 int(turns),
                 int(nbytes),
+                int(settled),
                 created_ms(header),
             )
-            for epoch, mark, nbytes, turns, header in replies
+            for epoch, mark, nbytes, settled, turns, header in replies
         ]
 
     async def marks(self, shards: Sequence[int]) -> list[tuple[int, int]]:
@@ -185,7 +209,9 @@ class Shards:
         keys = self.keys[shard]
         (reply,) = await self._call(
             script_call(
-                scripts.LEASE, (keys.shard, keys.leases), (b"%d" % epoch, conversation_key.encode(), token)
+                scripts.LEASE,
+                (keys.shard, keys.leases),
+                (b"%d" % epoch, conversation_key.encode(), token, self.member),
             )
         )
         unflushed, lease = reply
@@ -205,12 +231,14 @@ class Shards:
                     conversation_key.encode(),
                     b"%d" % most,
                     b"" if older is None else b"%d" % older,
+                    self.member,
                 ),
             )
         )
-        go_on, *entries = reply
+        mark, go_on, *newest_first = reply
+        entries: list[RawEntry] = [(entry[0], entry[1], entry[2]) for entry in reversed(newest_first)]
         try:
-            records = [decode_entry(*entry) for entry in reversed(entries)]
+            records = [decode_entry(*entry) for entry in entries]
         except UnknownRecordFormat as error:
             raise RedisUnavailable(f"a newer release wrote to this conversation: {error}") from error
-        return Tail(records, int(go_on) if go_on else None)
+        return Tail(int(mark), records, entries, int(go_on) if go_on else None)

@@ -10,6 +10,7 @@ import pytest
 from buffer import Buffer, Settings
 from buffer.faults import POINTS
 from tests.support.ledger import Ledger, in_postgres, in_reads
+from tests.support.paths import on_path
 from tests.support.polling import eventually
 from tests.support.processes import Commands
 
@@ -43,6 +44,7 @@ async def test_flusher_killed_at_crash_point_loses_and_doubles_nothing(
     dying = commands.flusher(patient, crash_at=point)
     ledger = Ledger()
     async with Buffer.connect(patient) as client:
+        await on_path(client, "stream")
         await _append(client, ledger)
         nudge = [client.runtime.shards.nudge(shard) for shard in range(settings.shards)]
         for call in nudge:

@@ -14,6 +14,7 @@ import pytest
 from buffer import Buffer, Settings
 from tests.support.ledger import Ledger, in_postgres, in_reads
 from tests.support.load import under_load
+from tests.support.paths import on_path
 from tests.support.polling import eventually
 from tests.support.processes import Command, Commands
 
@@ -83,6 +84,7 @@ async def test_flusher_stopped_past_its_lease_and_woken_changes_nothing(
     ledger = Ledger()
     async with Buffer.connect(patient) as client:
         await eventually(lambda: _holds(postgres, victim))
+        await on_path(client, "stream")
         await _append(client, ledger, 0)
         async with _blocking(settings, ledger, where):
             await client.runtime.shards.nudge(*range(settings.shards))
@@ -102,6 +104,7 @@ async def test_flusher_stopped_anywhere_and_woken_changes_nothing(
     victim = commands.flusher(patient)
     ledger = Ledger()
     async with Buffer.connect(patient) as client:
+        await on_path(client, "stream")
         for number in range(3):
             await eventually(lambda: _holds(postgres, victim))
             await _append(client, ledger, number)

@@ -26,6 +26,7 @@ from buffer import (
     Unavailable,
 )
 from buffer.embedded import EmbeddedServers
+from tests.support.paths import on_path
 from tests.support.polling import eventually
 
 
@@ -366,10 +367,13 @@ async def test_full_queue_refuses_at_once_and_says_when_to_retry(
         assert len(await _ids(buffer)) == 1 + 50 + 3
 
 
-async def test_closing_buffer_answers_everybody(settings: Settings) -> None:
+async def test_closing_buffer_answers_everybody(settings: Settings, postgres: asyncpg.Connection) -> None:
     """Whoever waits while the process closes gets an error that says what is known; nobody hangs."""
-    async with Buffer.connect(settings) as buffer:  # no flusher: no shard is open, so appends wait
+    async with Buffer.connect(settings) as buffer:
         conversation = buffer.conversation("c")
+        # No flusher is there to open what closes here, so appends wait.
+        await postgres.execute("update buffer.shards set mode = 'closing', path_epoch = path_epoch + 1")
+        await on_path(buffer, "closing")
         never_sent = asyncio.create_task(conversation.append(message("1")))
         await eventually(lambda: buffer.runtime.coalescer.operations == 1)
     with pytest.raises(RedisUnavailable):

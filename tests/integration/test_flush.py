@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from buffer import Buffer, Conflict, OutcomeUnknown, SchemaMismatch, Settings, SettingsError
 from tests.support.ledger import Ledger, in_postgres, in_reads
 from tests.support.load import under_load
+from tests.support.paths import on_path
 from tests.support.polling import eventually
 from tests.support.processes import Command, Commands
 
@@ -299,6 +300,7 @@ async def test_flushers_share_shards_fairly_and_take_over_from_a_killed_one(
     flushers = [commands.flusher(settings) for _ in range(3)]
     await eventually(lambda: _settled_on(postgres, [[1, 1, 2]]))
     async with Buffer.connect(settings) as client:
+        await on_path(client, "stream")
         async with under_load(client, writers=8, pause_seconds=0.005) as load:
             await eventually(lambda: load.acked > 200)
             flushers[0].kill()
@@ -326,6 +328,7 @@ async def test_sigterm_flushes_once_more_and_hands_the_shards_over(
     slow = settings.model_copy(update={"flush_interval_seconds": 60.0, "lease_seconds": 30.0})
     flusher = commands.flusher(slow)
     async with Buffer.connect(slow) as client:
+        await on_path(client, "stream")
         ledger = Ledger()
         for number in range(200):
             body = {"n": number}

@@ -27,9 +27,12 @@ delete from buffer.dead_letters where id = $1 returning id
 select count(*) from buffer.dead_letters
 
 -- name: store
--- At its own position; nothing if the id is taken.
+-- At its own position; nothing if the id is taken. What was replaced in the meantime is stored as removed.
 -- $1 tenant, $2 conversation, $3 position, $4 item id, $5 time, $6 payload
 insert into buffer.items (tenant, conversation, position, item_id, created_at, data)
-values ($1, $2, $3, $4, $5, convert_from($6, 'UTF8')::json)
+select $1::text, $2::text, $3::bigint, $4::text, $5::timestamptz, case when not exists (
+    select from buffer.replacements r
+    where r.tenant = $1 and r.conversation = $2 and r.position > $3 and r.after < $3
+) then convert_from($6::bytea, 'UTF8')::json end
 on conflict (tenant, conversation, item_id) do nothing
 returning position

@@ -10,7 +10,9 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
         select item_id from buffer.items
         where tenant = $1 and conversation = $2 and item_id = any($10::text[])
     ) as known,
-    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2) as dead
+    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2)
+        or exists (select from buffer.missing m where m.shard = s.shard) as incomplete,
+    s.path_epoch, s.mode
 from buffer.shards s
 left join lateral (
     select position, item_id, created_at, data
@@ -38,7 +40,9 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
         select item_id from buffer.items
         where tenant = $1 and conversation = $2 and item_id = any($10::text[])
     ) as known,
-    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2) as dead
+    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2)
+        or exists (select from buffer.missing m where m.shard = s.shard) as incomplete,
+    s.path_epoch, s.mode
 from buffer.shards s
 left join lateral (
     select position, item_id, created_at, data
@@ -76,8 +80,13 @@ from unnest($1::text[], $2::text[], $3::text[]) as wanted (tenant, conversation,
 join buffer.items i using (tenant, conversation, item_id)
 
 -- name: remove_between
--- Removed items keep their row, so that their id is never used again.
--- $1 tenants, $2 conversations, $3 after, $4 before
+-- Removed items keep their row, so that their id is never used again. What was replaced is kept in mind for
+-- rows that a spill brings later. $1 tenants, $2 conversations, $3 after, $4 before
+with replaced as (
+    insert into buffer.replacements (tenant, conversation, after, position)
+    select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
+    on conflict do nothing
+)
 update buffer.items i set data = null
 from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) as cut (tenant, conversation, after, before)
 where i.tenant = cut.tenant and i.conversation = cut.conversation

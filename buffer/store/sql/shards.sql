@@ -1,11 +1,9 @@
 -- Shards: who flushes them, and how far. All times are Postgres's, so flushers' clocks do not matter.
 
--- name: paths
-select shard, path_epoch, flushed_through from buffer.shards order by shard
-
 -- name: status
-select shard, path_epoch, owner, fence, lease_until > now() as owned, flushed_through, flushed_turns, flushed_at
-from buffer.shards order by shard
+select shard, path_epoch, mode, not exists (select from buffer.missing m where m.shard = s.shard) as clean,
+    owner, fence, lease_until > now() as owned, flushed_through, flushed_turns, flushed_at
+from buffer.shards s order by shard
 
 -- name: heartbeat
 -- $1 flusher, $2 seconds after which a silent flusher no longer counts. Returns how many others are live,
@@ -28,7 +26,7 @@ delete from buffer.flushers where flusher = $1
 -- Keep what is ours. $1 flusher, $2 lease in seconds. Rows that a flush holds locked renew themselves.
 update buffer.shards set lease_until = now() + make_interval(secs => $2::float8)
 where owner = $1
-returning shard, fence, path_epoch, flushed_through
+returning shard, fence, path_epoch, flushed_through, mode
 
 -- name: expired_owners
 -- Owners whose lease ran out: whatever transaction they still hold open is ended before a takeover.
@@ -49,7 +47,7 @@ where shard in (
     limit $3
     for update skip locked
 )
-returning shard, fence, path_epoch, flushed_through
+returning shard, fence, path_epoch, flushed_through, mode
 
 -- name: release
 -- $1 flusher, $2 shards
@@ -65,11 +63,5 @@ set flushed_through = batch.through, flushed_turns = s.flushed_turns + batch.tur
 from unnest($3::int[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
     as batch (shard, fence, path_epoch, through, turns)
 where s.shard = batch.shard and s.owner = $1 and s.fence = batch.fence and s.path_epoch = batch.path_epoch
+  and s.mode = 'stream'
 returning s.shard
-
--- name: next_epoch
--- Redis holds no grant (it is new, or it lost its data): positions go on in a new epoch.
--- $1 shard, $2 the epoch that was in force, $3 flusher, $4 fence
-update buffer.shards set path_epoch = path_epoch + 1
-where shard = $1 and path_epoch = $2 and owner = $3 and fence = $4
-returning path_epoch

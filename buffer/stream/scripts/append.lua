@@ -2,14 +2,14 @@
 -- Append: take operations into one shard, each whole or not at all.
 --
 -- KEYS  1 stream   2 shard   3 ids   4 ids.old   5 leases
--- ARGV  1 epoch    then for each operation:
+-- ARGV  1 epoch    2 the caller's member field    then for each operation:
 --         conversation, as tenant/conversation
 --         number of items
 --         expected last position: "" any; "<seq>" of this epoch; "-" none of this epoch
 --         only if one is expected: the caller's lease token, or ""
 --         and for each item: id digest, body digest (8 bytes), header, payload
 --         The header ends open: the sequence of the conversation's unflushed item before it is added.
--- Reply the flushed-through sequence, then for each operation one string:
+-- Reply the flushed-through sequence, the unflushed bytes, then for each operation one string:
 --         "<seq>"           appended; its items are seq, seq+1, ...
 --         "d<seq>,<seq>.."  every id is known with the same body
 --         "c<i>,<i>.."      conflict: these items (1..) are known, with another body or only partly
@@ -25,9 +25,9 @@ local call, sub = redis.call, string.sub
 local A, argc, epoch = ARGV, #ARGV, ARGV[1]
 
 -- What the call will touch: conversations, ids.
-local fields, digests = { 'epoch', 'mark', 'bytes' }, {}
-local operations, items = 3, 0
-local at = 2
+local fields, digests = { 'epoch', 'mark', 'bytes', A[2] }, {}
+local operations, items = 4, 0
+local at = 3
 while at <= argc do
   operations = operations + 1
   fields[operations] = A[at]
@@ -43,17 +43,18 @@ local shard = call('HMGET', KEYS[2], unpack(fields))
 if shard[1] ~= epoch then
   return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none'))
 end
+if not shard[4] then return redis.error_reply('REFUSED member') end
 local known = call('HMGET', KEYS[3], unpack(digests))
 local older = call('HMGET', KEYS[4], unpack(digests))
 
 local stream, star, skip = KEYS[1], epoch .. '-*', #epoch + 2
-local reply = { shard[2] }
+local reply = { shard[2], shard[3] }
 local fresh, tails = {}, {}          -- what this very call added: id to value, conversation to last sequence
 local window, windowed = {}, 0       -- field, value pairs to be written
 local changes, changed = { 'bytes', '' }, 2
 local bytes = tonumber(shard[3])
-local item, operation = 0, 3
-at = 2
+local item, operation = 0, 4
+at = 3
 while at <= argc do
   local conversation, n, expected, token = A[at], tonumber(A[at + 1]), A[at + 2], nil
   at = at + 3

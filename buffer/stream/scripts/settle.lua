@@ -25,5 +25,6 @@ local next_sequence = string.format('%.0f', after + 1)
 redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1] .. '-' .. next_sequence)
 redis.call('XGROUP', 'SETID', KEYS[1], 'flush', ARGV[1] .. '-' .. ARGV[3], 'ENTRIESREAD', next_sequence)
 redis.call('HINCRBY', KEYS[2], 'bytes', '-' .. ARGV[4])
+redis.call('HINCRBY', KEYS[2], 'settled', ARGV[4])
 redis.call('HSET', KEYS[2], 'mark', ARGV[3])
 return ARGV[3]
