@@ -88,7 +88,6 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "gauge", "buffer_last_flush_success_timestamp_seconds", "When a flush last committed here, Unix time."
     ),
-    # --- everywhere
     Definition(
         "histogram",
         "buffer_read_duration_seconds",
@@ -96,15 +95,33 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("source",),
         _SECONDS,
     ),
+    # --- kept in Postgres, so that they outlive every process; each flusher tells them
+    Definition("counter", "buffer_lost_turns_total", "Items that were lost, or may have been."),
+    Definition(
+        "counter",
+        "buffer_incarnation_changes_total",
+        "Times that a store was found to be another one, or an older one, than before.",
+        ("store",),
+    ),
+    Definition("gauge", "buffer_dead_letter_turns", "Dead letters that wait for somebody to act."),
+    Definition("gauge", "buffer_missing_processes", "Silent processes that may hold acked items."),
+    # --- everywhere
+    Definition("gauge", "buffer_redis_memory_bytes", "Memory that Redis uses, as this process saw it last."),
+    Definition(
+        "gauge",
+        "buffer_seconds_to_full",
+        "When the first high-water mark is reached at the present rates; +Inf while it is not nearing.",
+    ),
     Definition("gauge", "buffer_build_info", "1; the label tells the version.", ("version",)),
     Definition("gauge", "buffer_schema_version", "Version of the database's schema."),
 )
 
 
 class Tally(Collector):
-    """A counter or histogram for the append path: plain integers, turned into samples at a scrape.
+    """A counter or histogram of plain integers, turned into samples at a scrape.
 
-    The client library's objects lock and cost 1 to 2 us each time, a tenth of an append.
+    For the append path, since the client library's objects lock and cost 1 to 2 us each time, a tenth of
+    an append; and for counts that are kept elsewhere.
     """
 
     def __init__(self, definition: Definition) -> None:
@@ -117,6 +134,10 @@ class Tally(Collector):
     def inc(self, labels: tuple[str, ...], amount: int) -> None:
         """Count under these label values."""
         self._counts[labels] = self._counts.get(labels, 0) + amount
+
+    def set_total(self, labels: tuple[str, ...], total: int) -> None:
+        """Take over a count that is kept elsewhere."""
+        self._counts[labels] = total
 
     def observe(self, value: float) -> None:
         """Put a value into its bucket."""
@@ -137,7 +158,12 @@ class Tally(Collector):
         yield HistogramMetricFamily(definition.name, definition.help, buckets=buckets, sum_value=self._sum)
 
 
-_ON_THE_APPEND_PATH = {"buffer_appends_total", "buffer_append_duration_seconds"}
+_TALLIES = {
+    "buffer_appends_total",
+    "buffer_append_duration_seconds",
+    "buffer_lost_turns_total",
+    "buffer_incarnation_changes_total",
+}
 _KINDS: dict[str, type[Counter | Gauge | Histogram]] = {
     "counter": Counter,
     "gauge": Gauge,
@@ -152,7 +178,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Any] = {}
         for definition in DEFINITIONS:
-            if definition.name in _ON_THE_APPEND_PATH:
+            if definition.name in _TALLIES:
                 tally = Tally(definition)
                 self.registry.register(tally)
                 self._metrics[definition.name] = tally

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
         20_000, ge=1, description="Appends waiting for Redis in one process; over it: Overloaded."
     )
     append_queue_max_bytes: int = Field(64 << 20, ge=1 << 20, description="The same in bytes.")
+    replicated_min_replicas: int = Field(
+        1, ge=1, description="Replicas that must confirm an append of level `replicated`."
+    )
     idempotency_window_seconds: float = Field(
         600.0, ge=1, description="How long, at least, a repeated id gets its first receipt again from Redis."
     )
@@ -110,6 +113,23 @@ class Settings(BaseSettings):
     )
     lease_seconds: float = Field(
         3.0, ge=0.3, description="A shard's owner that is silent for this long loses the shard."
+    )
+
+    high_water_bytes: int = Field(
+        512 << 20,
+        ge=1 << 16,
+        description="Unflushed bytes, all shards together, above which appends are refused (503).",
+    )
+    high_water_memory_share: float = Field(
+        0.85, gt=0, le=1, description="The same as a share of Redis's maxmemory, if it has one."
+    )
+    retained_max_bytes: int = Field(
+        256 << 20,
+        ge=1 << 16,
+        description="What one process holds until it is in Postgres; above it, its appends are refused.",
+    )
+    low_water_share: float = Field(
+        0.8, gt=0, lt=1, description="Appends are taken again below this share of the high-water mark."
     )
 
     redis_lost_seconds: float = Field(

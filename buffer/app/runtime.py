@@ -7,11 +7,14 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
 
 from buffer.append.appender import Appender
+from buffer.append.capacity import Capacity
 from buffer.append.coalescer import Coalescer
+from buffer.append.replicated import Replicated
 from buffer.errors import BufferError
 from buffer.flush.flusher import Flusher, make_flusher_id
 from buffer.metrics import Metrics
@@ -29,6 +32,8 @@ from buffer.stream.grants import Grants
 from buffer.stream.link import Calls, LinkLost
 from buffer.stream.marks import Marks
 from buffer.stream.shards import Shards
+
+_C = TypeVar("_C", bound=Coalescer)
 
 _OPEN_WAIT_SECONDS = 10.0
 _PATH_CONNECTIONS = 2
@@ -90,19 +95,18 @@ class Runtime:
         self.member = Member(
             settings, self.paths, self.shards, self.marks, self.metrics, self.flusher_id, accepting=accepting
         )
-        self.coalescer = Coalescer(
-            self.client.link(lambda: self.member.run_id),
-            self.shards.keys,
-            self.member,
-            self.marks,
-            self.database,
-            self.metrics,
-            most_operations=settings.append_queue_max,
-            most_bytes=settings.append_queue_max_bytes,
-            alone_seconds=3 * settings.redis_lost_seconds,
-        )
+        self.capacity = Capacity(settings, self.client, self.shards, self.member, self.metrics)
+        self.coalescer = self._make_coalescer(Coalescer)
+        self.replicated = self._make_coalescer(Replicated)
         self.appender = Appender(
-            settings, self.coalescer, self.shards, self.marks, self.items, self.member, self.metrics
+            settings,
+            self.coalescer,
+            self.replicated,
+            self.shards,
+            self.marks,
+            self.items,
+            self.member,
+            self.metrics,
         )
         self.reader = Reader(
             self.shards, self.member, self.items, self.metrics, settings.append_timeout_seconds
@@ -110,6 +114,18 @@ class Runtime:
         self.metrics["append_queue_depth"].set_function(lambda: self.coalescer.operations)
         self.metrics["retained_turns"].set_function(lambda: self.member.retention.turns)
         self.metrics["retained_bytes"].set_function(lambda: self.member.retention.bytes)
+
+    def _make_coalescer(self, kind: type[_C]) -> _C:
+        return kind(
+            self.client.link(lambda: self.member.run_id),
+            self.shards.keys,
+            self.member,
+            self.marks,
+            self.database,
+            self.capacity,
+            self.metrics,
+            self.settings,
+        )
 
     @classmethod
     @asynccontextmanager
@@ -132,7 +148,9 @@ class Runtime:
                 tasks.start_soon(runtime.calls.run)
                 tasks.start_soon(runtime.marks.run)
                 tasks.start_soon(runtime.member.run)
+                tasks.start_soon(runtime.capacity.run)
                 tasks.start_soon(runtime.coalescer.run)
+                tasks.start_soon(runtime.replicated.run)
                 async with runtime.flushing() if flusher else contextlib.nullcontext():
                     await runtime._opened("stream" if flusher else "direct")
                     yield runtime

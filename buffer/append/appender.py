@@ -12,6 +12,7 @@ from msgspec import structs
 
 from buffer.append.coalescer import Coalescer
 from buffer.append.operation import Operation
+from buffer.append.replicated import Replicated
 from buffer.errors import (
     BufferError,
     Conflict,
@@ -35,7 +36,7 @@ from buffer.stream.shards import Shards
 
 # Names of the items in errors; made once, because every append needs one.
 _PARAMS = [f"items[{index}]" for index in range(MOST_BATCH_ITEMS)]
-_SUPPORTED_LEVELS: tuple[Level, ...] = ("buffered", "stored")
+_SUPPORTED_LEVELS: tuple[Level, ...] = ("buffered", "replicated", "stored")
 
 
 class Target:
@@ -59,6 +60,7 @@ class Appender:
         self,
         settings: Settings,
         coalescer: Coalescer,
+        replicated: Replicated,
         shards: Shards,
         marks: Marks,
         items: ItemReader,
@@ -67,6 +69,7 @@ class Appender:
     ) -> None:
         self._settings = settings
         self._coalescer = coalescer
+        self._replicated = replicated
         self._shards = shards
         self._marks = marks
         self._items = items
@@ -92,14 +95,17 @@ class Appender:
             if durability != "buffered" or if_match is not None:
                 _check_options(durability, if_match)
             operation = self._operation(target, items, ids, durability, if_match, replace_after, timeout)
-            epoch, answer = await self._coalescer.submit(operation)
+            coalescer = self._replicated if durability == "replicated" else self._coalescer
+            epoch, answer = await coalescer.submit(operation)
             while answer == b"l":
                 # The ids are looked for once more: an earlier attempt may be what Postgres found last.
                 if operation.mismatch is not None:
                     raise _precondition(operation, operation.mismatch)
                 operation = await self._confirm_last(target, epoch, operation)
-                epoch, answer = await self._coalescer.submit(operation)
+                epoch, answer = await coalescer.submit(operation)
             receipts = answer if isinstance(answer, list) else _receipts(operation, epoch, answer)
+            if durability == "replicated" and receipts[0].level == "buffered":
+                receipts = [structs.replace(receipt, level="replicated") for receipt in receipts]
             if durability == "stored" and receipts[0].level != "stored":
                 receipts = await self._stored(operation, receipts)
         except BufferError as error:

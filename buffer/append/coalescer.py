@@ -19,32 +19,36 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from buffer.append.capacity import Capacity
 from buffer.append.direct import Direct, Outcome
 from buffer.append.operation import Answer, Operation
+from buffer.append.packing import append_call
 from buffer.errors import BufferError, OutcomeUnknown, Overloaded, RedisUnavailable
 from buffer.metrics import Metrics
-from buffer.model.position import epoch_of, sequence_of
 from buffer.path.member import Member
 from buffer.path.retention import OVERHEAD_BYTES
+from buffer.settings import Settings
 from buffer.store.pool import Database
-from buffer.stream import scripts
 from buffer.stream.keys import ShardKeys
-from buffer.stream.link import Command, Link, LinkLost, script_call
+from buffer.stream.link import Command, Link, LinkLost
 from buffer.stream.marks import Marks
-from buffer.stream.shards import Refused, checked
+from buffer.stream.shards import OutOfMemory, Refused, checked
 
 # ElastiCache Serverless allows 3,999 arguments, Lua's unpack 8,000; one operation may go over alone.
 _MOST_ARGUMENTS = 3_000
 _MOST_BYTES = 4 << 20
 _DEPTH = 2
-_PASSING_RETRY_SECONDS = 0.05
+# A switch of the path takes once or twice redis_lost_seconds; if none came by then, we are alone.
+_ALONE_AFTER = 3
+# What waits for something to pass is tried again this often, and expires this late at the most.
 _SWEEP_SECONDS = 0.05
 
 _DIGITS = b"0123456789"
 _DUPLICATE = ord("d")
+_TAKEN = b"0123456789d"
 
 # One script call: its shard, the epoch that it names, and its operations.
-_Call = tuple[int, int, list[Operation]]
+Call = tuple[int, int, list[Operation]]
 
 
 class Coalescer:
@@ -57,23 +61,23 @@ class Coalescer:
         member: Member,
         marks: Marks,
         database: Database,
+        capacity: Capacity,
         metrics: Metrics,
-        *,
-        most_operations: int,
-        most_bytes: int,
-        alone_seconds: float,
+        settings: Settings,
     ) -> None:
         self._link = link
         self._keys = keys
         self._member = member
         self._direct = Direct(database, member, self._put_back, self._deliver_direct)
         self._marks = marks
+        self._capacity = capacity
         self._metrics = metrics
-        self._most_operations = most_operations
-        self._most_bytes = most_bytes
-        self._alone_seconds = alone_seconds
+        self._settings = settings
+        self._most_operations = settings.append_queue_max
+        self._most_bytes = settings.append_queue_max_bytes
+        self._alone_seconds = _ALONE_AFTER * settings.redis_lost_seconds
         self._queue: deque[Operation] = deque()
-        self._under_way: deque[list[_Call]] = deque()
+        self._under_way: deque[list[Call]] = deque()
         self._to_send = asyncio.Event()
         self._to_receive = asyncio.Event()
         self._lost_since: float | None = None  # Redis is out of reach for this process
@@ -84,19 +88,21 @@ class Coalescer:
         self._answered_per_second = 1_000.0
         self.operations = 0  # accepted and not answered
         self.bytes = 0
-        member.on_change = self._path_changed
+        member.on_change.append(self._path_changed)
 
     def submit(self, operation: Operation) -> asyncio.Future[Answer]:
         """Queue an operation; its future gives the epoch and the answer of whichever store took it.
 
         Raises:
-            Overloaded: the queue is full; nothing was taken.
+            Overloaded: the queue is full, or there is no room for more; nothing was taken.
             RedisUnavailable: this process has closed, or it alone has lost Redis.
         """
         if self._closed:
             raise _closing()
         if self._lost_since is not None:
             self._refuse_if_alone(operation.shard)
+        if self._member.states[operation.shard].mode == "stream":
+            self._capacity.check()
         if self.operations >= self._most_operations or self.bytes + operation.nbytes > self._most_bytes:
             raise Overloaded(
                 f"{self.operations} appends ({self.bytes} bytes) wait for Redis; the limits are "
@@ -146,7 +152,7 @@ class Coalescer:
             error = RedisUnavailable("the path has changed")
             self._lose_what_is_under_way(error)
             self._link.abort()
-        self._put_back(list(self._parked))
+        self._unpark(list(self._parked))
 
     # --- out
 
@@ -161,7 +167,7 @@ class Coalescer:
                 if not calls:
                     continue
                 self._under_way.append(calls)
-                commands = [self._command(*call) for call in calls]
+                commands = self._commands(calls)
                 try:
                     await self._link.send(commands)
                 except LinkLost as error:
@@ -177,13 +183,13 @@ class Coalescer:
             return
         self._lost_since = None
 
-    def _lost(self, error: LinkLost, never_sent: list[_Call] | None = None) -> None:
+    def _lost(self, error: LinkLost, never_sent: list[Call] | None = None) -> None:
         if self._lost_since is None:
             self._lost_since = self._loop.time()
         self._member.suspect()
         self._lose_what_is_under_way(error, never_sent=never_sent)
 
-    def _take(self) -> list[_Call]:
+    def _take(self) -> list[Call]:
         """As many operations as one script call a shard can carry."""
         calls: dict[int, list[Operation]] = {}
         room: dict[int, list[int]] = {}
@@ -235,22 +241,12 @@ class Coalescer:
             self._direct.look_up(unknown)
         return [(shard, states[shard].epoch, batch) for shard, batch in calls.items()]
 
-    def _command(self, shard: int, epoch: int, operations: list[Operation]) -> Command:
-        arguments = [b"%d" % epoch, self._member.field]
-        for operation in operations:
-            count = len(operation.arguments) >> 2
-            arguments += (operation.conversation, b"1" if count == 1 else b"%d" % count)
-            position = operation.expected
-            if position is None:
-                arguments.append(b"")
-            elif epoch_of(position) == epoch:
-                arguments += (b"%d" % sequence_of(position), operation.token)
-            else:
-                arguments += (b"-", operation.token)
-            arguments += operation.arguments
-        keys = self._keys[shard]
-        names = (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases)
-        return script_call(scripts.APPEND, names, arguments)
+    def _commands(self, calls: list[Call]) -> list[Command]:
+        """What goes over the wire for these calls."""
+        return [
+            append_call(self._keys[shard], self._member.field, epoch, operations)
+            for shard, epoch, operations in calls
+        ]
 
     # --- back
 
@@ -261,10 +257,7 @@ class Coalescer:
             while self._under_way:
                 calls = self._under_way[0]
                 try:
-                    while calls:
-                        reply = await self._link.receive()
-                        if calls:  # else they were put back meanwhile
-                            self._deliver(*calls.pop(0), reply)
+                    await self._receive_replies(calls)
                 except LinkLost as error:
                     if calls:  # else the sender noticed first, and has put them back
                         self._lost(error)
@@ -274,28 +267,27 @@ class Coalescer:
                     self._under_way.popleft()
                 self._to_send.set()
 
-    def _deliver(self, shard: int, epoch: int, operations: list[Operation], reply: Any) -> None:
+    async def _receive_replies(self, calls: list[Call]) -> None:
+        while calls:
+            reply = await self._link.receive()
+            if calls:  # else they were put back meanwhile
+                self._deliver(*calls.pop(0), reply)
+
+    def _deliver(
+        self, shard: int, epoch: int, operations: list[Operation], reply: Any, *, replicated: bool = True
+    ) -> None:
         try:
             mark, _, *answers = checked(reply)
-        except RedisUnavailable as error:
-            # Redis took nothing of this call. What passes is tried again until the callers give up.
-            for operation in operations:
-                operation.in_flight = False
-                operation.trouble = str(error)
-            self._parked.update(operations)
-            if isinstance(error, Refused):
-                self._member.refused(shard, epoch)
-            self._loop.call_later(_PASSING_RETRY_SECONDS, self._put_back, operations)
-            return
         except BufferError as error:
-            for operation in operations:
-                self._fail(operation, error)
+            self._not_run(shard, epoch, operations, error)
             return
         self._marks.update(shard, epoch, int(mark))
         if not self._member.may_ack(shard, epoch):
             self._not_an_ack(operations)
             return
         self._retain(shard, epoch, operations, answers)
+        if not replicated:
+            operations, answers = self._hold_back(operations, answers)
         now = self._loop.time()
         observe = self._metrics.append_seconds.observe
         nbytes = 0
@@ -310,6 +302,22 @@ class Coalescer:
         self.bytes -= nbytes
         self._count(operations, answers)
 
+    def _hold_back(
+        self, operations: list[Operation], answers: list[bytes]
+    ) -> tuple[list[Operation], list[bytes]]:
+        """What Redis took, and too few replicas have, is sent again; the rest has its answer."""
+        rest = []
+        for operation, answer in zip(operations, answers, strict=True):
+            if answer[0] in _TAKEN:
+                operation.in_flight = False
+                operation.maybe_stored = True
+                operation.reached = "buffered"
+                operation.trouble = "too few replicas have confirmed"
+                self._parked.add(operation)
+            else:
+                rest.append((operation, answer))
+        return [operation for operation, _ in rest], [answer for _, answer in rest]
+
     def _count(self, operations: list[Operation], answers: list[bytes]) -> None:
         acked: dict[str, int] = {}
         for operation, answer in zip(operations, answers, strict=True):
@@ -319,6 +327,20 @@ class Coalescer:
                 self._metrics.appends.inc(("stream", operation.level, "duplicate"), len(operation.ids))
         for level, items in acked.items():
             self._metrics.appends.inc(("stream", level, "acked"), items)
+
+    def _not_run(self, shard: int, epoch: int, operations: list[Operation], error: BufferError) -> None:
+        """Redis took nothing of this call. What passes is tried again until the callers give up."""
+        if isinstance(error, Refused):
+            self._member.refused(shard, epoch)
+        for operation in operations:
+            operation.in_flight = False
+            operation.trouble = str(error)
+            if not isinstance(error, RedisUnavailable):
+                self._fail(operation, error)
+            elif isinstance(error, OutOfMemory) and not operation.maybe_stored:
+                self._fail(operation, self._capacity.out_of_memory())
+            else:
+                self._parked.add(operation)
 
     def _retain(self, shard: int, epoch: int, operations: list[Operation], answers: list[bytes]) -> None:
         """Keep what is acked; repeats, too: whoever acked them first may be dead."""
@@ -362,7 +384,7 @@ class Coalescer:
         else:
             operation.future.set_exception(outcome)
 
-    def _lose_what_is_under_way(self, error: BufferError, *, never_sent: list[_Call] | None = None) -> None:
+    def _lose_what_is_under_way(self, error: BufferError, *, never_sent: list[Call] | None = None) -> None:
         """The connection is gone: what it carried goes back to the queue, in order, its outcome open."""
         lost: list[Operation] = []
         for calls in self._under_way:
@@ -376,8 +398,11 @@ class Coalescer:
         self._under_way.clear()
         self._put_back(lost)
 
-    def _put_back(self, operations: Sequence[Operation]) -> None:
+    def _unpark(self, operations: list[Operation]) -> None:
         self._parked.difference_update(operations)
+        self._put_back(operations)
+
+    def _put_back(self, operations: Sequence[Operation]) -> None:
         self._queue.extendleft(reversed(operations))
         self._to_send.set()
 
@@ -404,7 +429,7 @@ class Coalescer:
                 if operation.began + operation.limit_seconds <= now:
                     operation.expire()
             if self._parked or self._lost_since is not None:
-                self._put_back([op for op in self._parked if self._may_go_on(op)])
+                self._unpark([op for op in self._parked if self._may_go_on(op)])
                 self._to_send.set()
 
     def _may_go_on(self, operation: Operation) -> bool:

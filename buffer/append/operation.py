@@ -38,6 +38,7 @@ class Operation(msgspec.Struct, eq=False, gc=False):
     maybe_stored: bool = False
     looked_up_in: int = 0  # the epoch in which Postgres did not know the ids
     mismatch: int | None = None  # what Postgres said is the last position, instead of ``expected``
+    reached: Level | None = None  # the level that is certain, if it is not the one that was asked for
     trouble: str = ""  # why the last attempt did not succeed
 
     def again(self, token: bytes, mismatch: int | None) -> Operation:
@@ -52,7 +53,7 @@ class Operation(msgspec.Struct, eq=False, gc=False):
         within = f"within {self.limit_seconds:g} s" + (f" ({self.trouble})" if self.trouble else "")
         if self.maybe_stored or self.in_flight:
             text = f"no certain answer {within}; repeat it with the same ids"
-            self.future.set_exception(OutcomeUnknown(text, ids=self.ids))
+            self.future.set_exception(OutcomeUnknown(text, ids=self.ids, level=self.reached))
         else:
             text = f"the append was not taken {within}"
             self.future.set_exception(RedisUnavailable(text, retry_after=1.0))

@@ -29,6 +29,7 @@ _COMMANDS = {
     ),
     "migrate": ("buffer.cli.servers:migrate", "Bring the database's schema up to this release."),
     "status": ("buffer.cli.status:status", "Show every shard: owner, unflushed items, flush lag."),
+    "doctor": ("buffer.cli.doctor:doctor", "Check both stores, the path, and the ledger of losses."),
     "tail": ("buffer.cli.data:tail", "Show the newest items of a conversation."),
     "import": ("buffer.cli.data:import_", "Load conversations from JSONL straight into Postgres."),
     "export": ("buffer.cli.data:export", "Write conversations as JSONL."),

@@ -22,7 +22,7 @@ def demo(
 
     Exits 1 unless everything that was acked is in Postgres, once and in order.
     """
-    set_up_logging("error")
+    set_up_logging("critical")
     report = run(lambda: run_demo(seconds, say=note, plant=plant))
     if json:
         print_json(report.to_dict())
@@ -36,7 +36,7 @@ def _lines(report: DemoReport) -> str:
     return f"""
   appended      {report.appended:>9,}
   acked         {report.acked:>9,}   ({report.retried} attempts repeated under the same id)
-  in Postgres   {report.in_postgres:>9,}
+  in Postgres   {report.in_postgres:>9,}   ({report.appended_without_redis:,} appended while Redis was away)
   missing       {report.missing:>9,}
   duplicated    {report.duplicated:>9,}
   out of order  {report.out_of_order:>9,}

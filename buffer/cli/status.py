@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from buffer.app.runtime import Runtime
 from buffer.cli.common import EXIT_THRESHOLD, Common, print_json, run
 from buffer.settings import Settings
+from buffer.store.ledger import LossLedger, Totals
 from buffer.store.shards import ShardStatus
 from buffer.stream.shards import Backlog
 
@@ -25,6 +26,8 @@ class Row:
 
     shard: int
     owner: str | None
+    mode: str
+    clean: bool
     epoch: int
     granted_epoch: int | None
     fence: int
@@ -52,13 +55,14 @@ def status(
 
     async def main() -> int:
         async with Runtime.open(settings, flusher=False, accepting=False) as runtime:
+            ledger = LossLedger(runtime.database)
             while True:
-                rows = await collect(runtime)
+                rows, totals = await collect(runtime), await ledger.totals()
                 lag = max((row.oldest_age_seconds for row in rows), default=0.0)
                 if json:
-                    print_json(document(rows, lag))
+                    print_json(document(rows, lag, totals))
                 else:
-                    print(table(rows, lag, settings), flush=True)
+                    print(table(rows, lag, totals, settings), flush=True)
                 if max_lag is not None and lag > max_lag:
                     return EXIT_THRESHOLD
                 if not watch:
@@ -69,9 +73,11 @@ def status(
 
 
 async def collect(runtime: Runtime) -> list[Row]:
-    """Both stores' view of every shard."""
+    """Both stores' view of every shard. Where the path is not the stream, Redis may well be away."""
     stored = await runtime.store.status()
-    backlogs = await runtime.shards.peek([s.shard for s in stored])
+    streams = [s.shard for s in stored if s.mode == "stream"]
+    peeked = dict(zip(streams, await runtime.shards.peek(streams), strict=True)) if streams else {}
+    backlogs = [peeked.get(s.shard, Backlog(None, -1, 0, 0, 0, None)) for s in stored]
     now_ms = time.time() * 1000
     return [_row(s, b, now_ms) for s, b in zip(stored, backlogs, strict=True)]
 
@@ -81,6 +87,8 @@ def _row(stored: ShardStatus, backlog: Backlog, now_ms: float) -> Row:
     return Row(
         stored.shard,
         stored.owner if stored.owned else None,
+        stored.mode,
+        stored.clean,
         stored.path_epoch,
         backlog.epoch,
         stored.fence,
@@ -93,29 +101,48 @@ def _row(stored: ShardStatus, backlog: Backlog, now_ms: float) -> Row:
     )
 
 
-def document(rows: list[Row], lag: float) -> dict[str, Any]:
+def document(rows: list[Row], lag: float, totals: Totals) -> dict[str, Any]:
     """What ``--json`` prints. Positions are strings, as everywhere in JSON."""
     shards = [{**asdict(row), "flushed_through": str(row.flushed_through)} for row in rows]
     return {
         "lag_seconds": lag,
         "unflushed": sum(row.unflushed for row in rows),
+        "degraded": any(row.mode != "stream" for row in rows),
+        "complete": all(row.clean for row in rows),
+        **asdict(totals),
         "unowned_shards": [row.shard for row in rows if row.owner is None],
         "shards": shards,
     }
 
 
-def table(rows: list[Row], lag: float, settings: Settings) -> str:
+def table(rows: list[Row], lag: float, totals: Totals, settings: Settings) -> str:
     """What a person reads."""
     head = (
-        f"{'shard':>5}  {'owner':<38} {'epoch':>5} {'unflushed':>9} {'oldest':>8}  "
+        f"{'shard':>5}  {'owner':<38} {'path':<8} {'epoch':>5} {'unflushed':>9} {'oldest':>8}  "
         f"{'flushed through':>20}  {'turns':>10}"
     )
     lines = [head]
     for row in rows:
-        epoch = str(row.epoch) if row.granted_epoch == row.epoch else f"{row.epoch}!"
+        granted = row.mode != "stream" or row.granted_epoch == row.epoch
+        epoch = str(row.epoch) if granted else f"{row.epoch}!"
         lines.append(
-            f"{row.shard:>5}  {row.owner or '- nobody -':<38} {epoch:>5} {row.unflushed:>9} "
+            f"{row.shard:>5}  {row.owner or '- nobody -':<38} {row.mode:<8} {epoch:>5} {row.unflushed:>9} "
             f"{row.oldest_age_seconds:>7.1f}s  {row.flushed_through:>20}  {row.flushed_turns:>10}"
         )
     lines.append(f"lag {lag:.1f} s, {sum(r.unflushed for r in rows)} unflushed, {settings.shards} shards")
+    lines += _warnings(rows, totals)
     return "\n".join(lines)
+
+
+def _warnings(rows: list[Row], totals: Totals) -> list[str]:
+    """What somebody should look at."""
+    found = []
+    if any(row.mode != "stream" for row in rows):
+        found.append("DEGRADED: appends go to Postgres, or wait, where the path is not 'stream'")
+    if totals.missing:
+        found.append(f"INCOMPLETE: {totals.missing} silent processes may hold acked items")
+    if totals.lost_turns:
+        found.append(f"LOSS: {totals.lost_turns} items are lost or may be; see `buffer doctor`")
+    if totals.dead_letters:
+        found.append(f"{totals.dead_letters} dead letters; see `buffer dlq list`")
+    return found

@@ -43,6 +43,7 @@ class DemoReport:
     append_p99_ms: float = 0.0
     without_redis_seconds: float = 0.0
     longest_append_seconds: float = 0.0
+    appended_without_redis: int = 0
     flush_lag_max_seconds: float = 0.0
 
     @property
@@ -63,6 +64,7 @@ class _Ledger:
     seconds: list[float] = field(default_factory=list)
     appended: int = 0
     retried: int = 0
+    direct: int = 0
 
 
 async def run_demo(
@@ -103,11 +105,15 @@ async def _write_while_redis_dies(
         pid = servers.redis.pid
         await servers.redis.kill()
         killed = time.monotonic()
-        say(f"Redis (pid {pid}) is dead: SIGKILL, with {len(ledger.seconds):,} items acked so far")
-        await anyio.sleep(report.seconds * 0.1)
+        servers.redis.wipe()
+        acked = len(ledger.seconds)
+        say(f"Redis (pid {pid}) is dead: SIGKILL, and its data deleted, with {acked:,} items acked so far")
+            f"Redis (pid {pid}) is dead, and its data deleted, with {len(ledger.seconds):,} items acked so far"
+        )
+        await anyio.sleep(report.seconds * 0.3)
         await servers.redis.restart()
         report.without_redis_seconds = round(time.monotonic() - killed, 3)
-        say(f"Redis is back after {report.without_redis_seconds:.1f} s, from its append-only file")
+        say(f"Redis is back after {report.without_redis_seconds:.1f} s, empty")
 
 
 async def _write(buffer: Buffer, number: int, until: float, ledger: _Ledger) -> None:
@@ -132,6 +138,7 @@ async def _write(buffer: Buffer, number: int, until: float, ledger: _Ledger) -> 
                 await asyncio.sleep(getattr(error, "retry_after", 0.05))
         ledger.seconds.append(time.perf_counter() - began)
         acked.append((item_id, receipt.position))
+        ledger.direct += receipt.path == "direct"
         await asyncio.sleep(max(0.0, due - time.monotonic()))
 
 
@@ -146,6 +153,7 @@ async def _watch_lag(runtime: Runtime, report: DemoReport) -> None:
 async def _count(runtime: Runtime, ledger: _Ledger, report: DemoReport) -> None:
     report.appended = ledger.appended
     report.retried = ledger.retried
+    report.appended_without_redis = ledger.direct
     for conversation, acked in ledger.acked.items():
         rows = await conversation_rows(runtime.database, _TENANT, conversation)
         ids = [item_id for item_id, _ in rows]

@@ -22,7 +22,7 @@ import anyio
 
 from buffer.errors import BufferError, PostgresUnavailable, Unavailable
 from buffer.faults import armed, crash_point
-from buffer.flush.batch import Batch, ShardBatch, decode
+from buffer.flush.batch import Batch, Entry, ShardBatch, decode
 from buffer.flush.holdings import Cursor, Holdings
 from buffer.flush.writer import Fenced, Writer
 from buffer.metrics import Metrics
@@ -33,9 +33,10 @@ from buffer.path.manager import Manager
 from buffer.policy.backoff import full_jitter
 from buffer.policy.triggers import Triggers, fetch_count
 from buffer.settings import Settings
+from buffer.store.ledger import LossLedger
 from buffer.store.paths import PathStore
 from buffer.store.pool import Database
-from buffer.store.shards import ShardStore
+from buffer.store.shards import Owned, ShardStore
 from buffer.stream.client import RedisClient
 from buffer.stream.grants import Grants
 from buffer.stream.shards import RawEntry, Shards
@@ -46,6 +47,7 @@ _FETCH_CHUNK = 1_000
 _RETRY_FIRST_SECONDS = 0.05
 _RETRY_MOST_SECONDS = 1.0
 _LAST_FLUSH_SECONDS = 15.0
+_LEDGER_SECONDS = 2.0
 
 
 def make_flusher_id() -> str:
@@ -90,6 +92,7 @@ class Flusher:
         self._nudged: set[int] = set()
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._ledger = LossLedger(database)
         self._failures = 0
         self._path_moved = False
 
@@ -108,6 +111,7 @@ class Flusher:
         async with anyio.create_task_group() as tasks:
             await tasks.start(self._keep_shards)
             tasks.start_soon(self._manager.run)
+            tasks.start_soon(self._tell_losses)
             tasks.start_soon(self._listen)
             task_status.started()
             await self._flush_until_stopped()
@@ -134,6 +138,21 @@ class Flusher:
                 _log.debug("no nudges: %s", error)
             await asyncio.sleep(0.5)
 
+    async def _tell_losses(self) -> None:
+        while True:
+            try:
+                totals = await self._ledger.totals()
+            except BufferError as error:
+                _log.debug("the ledger cannot be read: %s", error)
+            else:
+                self._metrics["lost_turns_total"].set_total((), totals.lost_turns)
+                changes = self._metrics["incarnation_changes_total"]
+                changes.set_total(("redis",), totals.redis_incarnations)
+                changes.set_total(("postgres",), totals.postgres_incarnations)
+                self._metrics["dead_letter_turns"].set(totals.dead_letters)
+                self._metrics["missing_processes"].set(totals.missing)
+            await asyncio.sleep(_LEDGER_SECONDS)
+
     def nudge(self, shard: int) -> None:
         """Flush this shard without waiting for more."""
         self._nudged.add(shard)
@@ -143,16 +162,13 @@ class Flusher:
 
     async def _flush_until_stopped(self) -> None:
         while not self._stopping.is_set():
-            if self._path_moved:
-                self._path_moved = False
-                await self._guarded(self._holdings.resync())
             await self._guarded(self._flush_what_is_due())
             with anyio.move_on_after(self._tick_seconds):
                 await self._wakeup.wait()
             self._wakeup.clear()
         # The stop signal does not cancel the last flush; a bound does.
         with anyio.move_on_after(_LAST_FLUSH_SECONDS, shield=True):
-            while not await self._guarded(self._flush_everything()):
+            while not await self._guarded(self._flush_all_that_is_open()):
                 pass
 
     async def _guarded(self, flush: object) -> bool:
@@ -181,6 +197,7 @@ class Flusher:
         return False
 
     async def _flush_what_is_due(self) -> None:
+        await self._follow_path()
         await self._look()
         now = time.monotonic()
         nudged, self._nudged = self._nudged, set()
@@ -193,6 +210,19 @@ class Flusher:
                 crash_point("flush.before_read")
                 await self._flush_everything()
                 return
+
+    async def _follow_path(self) -> None:
+        if self._path_moved:
+            self._path_moved = False
+            try:
+                await self._holdings.resync()
+            except BufferError:
+                self._path_moved = True
+                raise
+
+    async def _flush_all_that_is_open(self) -> None:
+        await self._follow_path()
+        await self._flush_everything()
 
     async def _flush_everything(self) -> None:
         """Flush what waits in the held shards, overlapping fetch, commit and settle."""
@@ -228,6 +258,10 @@ class Flusher:
             if backlog.epoch != cursor.owned.path_epoch and not cursor.held_back:
                 raise Unavailable(f"shard {cursor.owned.shard}: Redis has epoch {backlog.epoch}")
             cursor.backlog = backlog
+            if backlog.turns == 0 and backlog.bytes > 0:
+                self._manager.lose(
+                    cursor.owned.shard, cursor.owned.path_epoch, "unflushed entries are not in Redis any more"
+                )
             if backlog.turns == 0:
                 cursor.waiting_since = None
             elif cursor.waiting_since is None:
@@ -296,6 +330,7 @@ class Flusher:
         if not entries:
             return None
         decoded, unknown = decode(entries)
+        self._look_for_holes(owned, before, decoded)
         if unknown is not None:
             self._metrics["flush_failures_total"].labels(reason="format").inc()
             cursor.hold_back(f"a newer release wrote to it: {unknown}")
@@ -303,6 +338,20 @@ class Flusher:
             return None
         cursor.fetched = decoded[-1].sequence
         return ShardBatch(owned, before, cursor.committed, decoded)
+
+    def _look_for_holes(self, owned: Owned, before: int, entries: list[Entry]) -> None:
+        """Numbers are dense: one that is not there was taken out of Redis by somebody else.
+
+        Raises:
+            Unavailable: nothing more of this shard is flushed. Its path closes, and whoever retains what is
+                missing brings it.
+        """
+        if not entries or entries[-1].sequence == before + len(entries):
+            return
+        missing = entries[-1].sequence - before - len(entries)
+        why = f"shard {owned.shard}: {missing} entries after number {before} are not in Redis any more"
+        self._manager.lose(owned.shard, owned.path_epoch, why)
+        raise Unavailable(why)
 
     async def _commit(self, batch: Batch) -> None:
         if batch.fresh:

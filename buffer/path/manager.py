@@ -94,6 +94,7 @@ class Manager:
         self._put_out: dict[str, dict[int, tuple[int, int]]] = {}
         self._modes: dict[int, tuple[int, Mode]] = {}
         self._ahead: dict[int, tuple[int, int | None]] = {}
+        self._lost: dict[tuple[int, int], str] = {}
         self.cut_off = False  # this manager cannot reach Redis, and others can
 
     async def run(self) -> None:
@@ -127,6 +128,10 @@ class Manager:
         with contextlib.suppress(BufferError, TimeoutError):
             async with asyncio.timeout(1):
                 await self._store.resign(self._name)
+
+    def lose(self, shard: int, epoch: int, why: str) -> None:
+        """Redis does not hold what it should of this epoch of a shard: close its path."""
+        self._lost[shard, epoch] = why
 
     async def _step(self) -> float:
         """One look at both stores, and what follows from it; the pause until the next one."""
@@ -219,6 +224,10 @@ class Manager:
             await self._catch_up(path, stands)
         if again:
             await self._grant_again(again)
+        for path in paths:
+            if why := self._lost.get((path.shard, path.epoch)):
+                await self._close([path], why)
+        self._lost.clear()
         if gone:
             await self._close(gone, "it holds no grant any more: its data is gone, or older")
         if not ungranted:
@@ -237,7 +246,8 @@ class Manager:
         self._look = None
         self.cut_off = unless_seen_seconds is not None and not closed
         if closed:
-            _log.error("Redis is lost: %s; the path of shards %s closes", why, sorted(closed))
+            through = {path.shard: path.flushed_through for path in paths if path.shard in closed}
+            _log.error("Redis is lost: %s; the paths close, flushed through (by shard) %s", why, through)
 
     async def _grant_again(self, paths: list[ManagedPath]) -> None:
         """The fence still stands: the grant never came."""
@@ -334,7 +344,9 @@ class Manager:
         held_all = set()
         for path in paths:
             fence = fences[path.shard]
-            if not path.clean and fence.entries and not await self._salvage(path):
+            if path.clean and fence.entries:
+                _log.info("shard %d: an older Redis is dropped: Postgres has what was acked", path.shard)
+            elif fence.entries and not await self._salvage(path):
                 return
             if fence.ended == path.epoch - 1 and path.run_id in {run_id, None}:
                 held_all.add(path.shard)
@@ -359,6 +371,7 @@ class Manager:
                 if self._name in went.managers:
                     self._known_in[shard] = epoch
                 self._questions = {}
+                self._on_change()
 
     async def _salvage(self, path: ManagedPath) -> bool:
         """Bring what the last stream epoch left in Redis; False if the path has moved on."""

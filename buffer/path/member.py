@@ -74,7 +74,7 @@ class Member:
         self.states = [State() for _ in shards.keys]
         self.retention = Retention(len(shards.keys))
         self.run_id: str | None = None
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: list[Callable[[], None]] = []
         self._settings = settings
         self._store = store
         self._shards = shards
@@ -301,7 +301,8 @@ class Member:
         self._metrics["degraded"].labels(dependency="redis").set(degraded)
         self._changed.set()
         self._changed = asyncio.Event()
-        self.on_change()
+        for changed in self.on_change:
+            changed()
 
     # --- Redis
 

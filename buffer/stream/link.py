@@ -101,8 +101,10 @@ class Link:
             await self.close()
             raise
 
-    async def receive(self) -> Any:
+    async def receive(self, more_seconds: float = 0.0) -> Any:
         """The next reply; an error reply is returned as a `ResponseError`.
+
+        ``more_seconds``: for how long the command itself waits.
 
         Raises:
             LinkLost: the connection broke or was silent for too long.
@@ -111,7 +113,7 @@ class Link:
         if connection is None:
             raise LinkLost("Redis: the connection is gone", sent=True)
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self._timeout_seconds + more_seconds):
                 reply = await connection.read_response(disable_decoding=True)
         except NoScriptError as error:
             self._loaded.clear()  # somebody flushed the scripts; the next call brings the text along

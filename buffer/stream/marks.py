@@ -46,10 +46,10 @@ class Marks:
 
         It says nothing of positions of other epochs, so those who wait for one go on waiting.
         """
+        self.on_mark(shard, epoch, sequence)  # also an old one: something may have been retained since
         if (epoch, sequence) <= self._through[shard]:
             return
         self._through[shard] = (epoch, sequence)
-        self.on_mark(shard, epoch, sequence)
         self._release(shard, pack(epoch, 0), pack(epoch, sequence))
 
     def everything_before(self, shard: int, epoch: int) -> None:

@@ -28,6 +28,10 @@ class Refused(RedisUnavailable):
     """Redis does not hold the grant for the caller's epoch."""
 
 
+class OutOfMemory(RedisUnavailable):
+    """Redis is at its maxmemory, and ran nothing."""
+
+
 class StreamCorrupt(BufferError):
     """Redis holds something that this release cannot have written."""
 
@@ -43,7 +47,7 @@ def error_of(reply: ResponseError) -> BufferError:
     if "REFUSED" in text:
         return Refused(_refusal(text), retry_after=0.1)
     if isinstance(reply, OutOfMemoryError):
-        return RedisUnavailable("Redis is out of memory (maxmemory)", retry_after=1.0)
+        return OutOfMemory("Redis is out of memory (maxmemory)", retry_after=1.0)
     if isinstance(reply, _PASSING) or text.startswith(_PASSING_PREFIXES):
         return RedisUnavailable(f"Redis: {text}", retry_after=0.5)
     if isinstance(reply, NoPermissionError):

@@ -173,10 +173,18 @@ select (select coalesce(sum(turns), 0) from buffer.losses)::bigint as lost_turns
     (select count(*) from buffer.incarnations where store = 'redis') as redis_incarnations,
     (select count(*) from buffer.incarnations where store = 'postgres') as postgres_incarnations,
     (select count(*) from buffer.dead_letters) as dead_letters,
+    (select count(distinct process) from buffer.missing) as missing,
+    (select count(*) from buffer.processes) as processes,
+    (select coalesce(sum(flushed_turns), 0) from buffer.shards)::bigint as flushed_turns,
+    (select coalesce(sum(direct_turns), 0) from buffer.shards)::bigint as direct_turns,
     (select coalesce(sum(spilled_turns), 0) from buffer.shards)::bigint as spilled_turns,
     (select coalesce(sum(salvaged_turns), 0) from buffer.shards)::bigint as salvaged_turns
 
 -- name: losses
 -- Newest first. $1 limit
-select id, shard, kind, turns, first_position, last_position, detail, at
+select shard, kind, turns, first_position, last_position, detail, at
 from buffer.losses order by id desc limit $1
+
+-- name: incarnations
+-- Newest first. $1 limit
+select store, detail, at from buffer.incarnations order by id desc limit $1
