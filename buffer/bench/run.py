@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from statistics import median
@@ -27,6 +29,8 @@ PAYLOAD = msgspec.json.encode(ITEM)  # 400 bytes
 BACKLOG = 500_000
 FLUSH_ROWS = 100_000
 MEMORY_ITEMS = 100_000
+RETAINED_ITEMS = 50_000
+_UNLIMITED = 1 << 40
 _COLUMNS = ("tenant", "conversation", "position", "item_id", "created_at", "data")
 
 Say = Callable[[str], None]
@@ -44,17 +48,38 @@ class Bench:
             postgres_url=servers.postgres.url,
             append_timeout_seconds=30.0,
             flush_interval_seconds=0.1,
+            # A backlog is what some suites are about.
+            high_water_bytes=_UNLIMITED,
+            retained_max_bytes=_UNLIMITED,
+            redis_lost_seconds=10.0,
         )
 
     @asynccontextmanager
-    async def buffer(self, *, flusher: bool = False, **changes: Any) -> AsyncIterator[Buffer]:
-        """A buffer whose shards are open in Redis; without ``flusher`` nothing is flushed."""
-        settings = self.settings.model_copy(update=changes)
+    async def buffer(self, *, flusher: bool = False, name: str = "buffer") -> AsyncIterator[Buffer]:
+        """A buffer whose shards are open in Redis; without ``flusher`` nothing is flushed.
+
+        ``name``: of its key prefix and its database; one of another name shares nothing with it.
+        """
+        settings = await self._settings_for(name)
         if not flusher:
             async with Buffer.connect(settings, flusher=True):
                 pass
         async with Buffer.connect(settings, flusher=flusher) as buffer:
             yield buffer
+
+    async def _settings_for(self, name: str) -> Settings:
+        url = self.servers.postgres.url
+        settings = self.settings.model_copy(
+            update={"key_prefix": name, "postgres_url": url.replace("/buffer?", f"/{name}?")}
+        )
+        connection = await asyncpg.connect(url)
+        try:
+            if not await connection.fetchval("select 1 from pg_database where datname = $1", name):
+                await connection.execute(f'create database "{name}"')
+        finally:
+            await connection.close()
+        await migrate_database(settings)
+        return settings
 
     @asynccontextmanager
     async def redis(self) -> AsyncIterator[Redis]:
@@ -128,7 +153,7 @@ async def append(bench: Bench) -> list[Result]:
 async def backlog(bench: Bench) -> list[Result]:
     """An append with 500,000 items unflushed beside one with none."""
     pairs: list[tuple[float, float]] = []
-    async with bench.buffer(key_prefix="full") as full, bench.buffer(key_prefix="empty") as empty:
+    async with bench.buffer(name="full") as full, bench.buffer(name="empty") as empty:
         await _fill(full, BACKLOG, bench.say)
         with_backlog, without = _append_to(full, "b"), _append_to(empty, "b")
         for measured in range(bench.rounds + 1):
@@ -221,7 +246,7 @@ async def _drain(bench: Bench) -> float:
 
 async def memory(bench: Bench) -> list[Result]:
     """What an unflushed item costs in Redis beyond its payload, in memory and in the append-only file."""
-    async with bench.buffer(key_prefix="memory") as buffer, bench.redis() as redis:
+    async with bench.buffer(name="memory") as buffer, bench.redis() as redis:
         before, aof_before = await _sizes(redis)
         await _throughput(_append_to(buffer, "m"), MEMORY_ITEMS // CALLERS)
         after, aof_after = await _sizes(redis)
@@ -244,6 +269,47 @@ async def memory(bench: Bench) -> list[Result]:
     ]
 
 
+async def retention(bench: Bench) -> list[Result]:
+    """Appends that are retained beside the same without, and what a retained item takes."""
+    many: list[tuple[float, float]] = []
+    one: list[tuple[float, float]] = []
+    async with bench.buffer(flusher=True) as kept, bench.buffer() as not_kept:
+        not_kept.runtime.coalescer._retain = lambda *_: None  # type: ignore[method-assign]  # noqa: SLF001
+        with_copies, without = _append_to(kept, "r"), _append_to(not_kept, "n")
+        for measured in range(2 * bench.rounds + 1):
+            bench.say(f"retention: round {measured} of {2 * bench.rounds}")
+            pair_many = (await _throughput(with_copies, 40), await _throughput(without, 40))
+            pair_one = (await _p50_us(with_copies, 1_000), await _p50_us(without, 1_000))
+            if measured:
+                many.append(pair_many)
+                one.append(pair_one)
+    async with bench.buffer(name="retained") as buffer:
+        append = _append_to(buffer, "k")
+        await _throughput(append, 4)
+        before = buffer.runtime.member.retention.turns
+        tracemalloc.start()
+        await _throughput(append, RETAINED_ITEMS // CALLERS)
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        each = held / (buffer.runtime.member.retention.turns - before) - len(PAYLOAD)
+    return [
+        compare(
+            "one caller p50", "us", one, "the same without retention", target=1.1, goal=None, better="lower"
+        ),
+        compare(
+            "256 callers",
+            "appends/s",
+            many,
+            "the same without retention",
+            target=0.9,
+            goal=None,
+            better="higher",
+        ),
+        Result("held an item, beyond its payload", "bytes", each, None, "", each, 600, None, "lower"),
+    ]
+
+
 async def _sizes(redis: Redis) -> tuple[int, int]:
     info = {**await redis.info("memory"), **await redis.info("persistence")}
     return info["used_memory"], info["aof_current_size"]
@@ -254,6 +320,7 @@ SUITES: dict[str, Callable[[Bench], Awaitable[list[Result]]]] = {
     "flush": flush,
     "memory": memory,
     "backlog": backlog,
+    "retention": retention,
 }
 
 

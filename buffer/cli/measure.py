@@ -50,7 +50,7 @@ longest {report.longest_append_seconds:.2f} s (Redis was away for {report.withou
 
 def bench(
     *suites: Annotated[
-        Literal["append", "flush", "memory", "backlog"], Parameter(help="Which; all by default.")
+        Literal["append", "flush", "memory", "backlog", "retention"], Parameter(help="Which; all by default.")
     ],
     rounds: Annotated[int, Parameter(help="Interleaved rounds; the median of their ratios counts.")] = 5,
     redis_from_path: Annotated[

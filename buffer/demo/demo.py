@@ -108,8 +108,6 @@ async def _write_while_redis_dies(
         servers.redis.wipe()
         acked = len(ledger.seconds)
         say(f"Redis (pid {pid}) is dead: SIGKILL, and its data deleted, with {acked:,} items acked so far")
-            f"Redis (pid {pid}) is dead, and its data deleted, with {len(ledger.seconds):,} items acked so far"
-        )
         await anyio.sleep(report.seconds * 0.3)
         await servers.redis.restart()
         report.without_redis_seconds = round(time.monotonic() - killed, 3)

@@ -288,8 +288,8 @@ async def test_stored_that_cannot_be_reached_is_unknown_with_the_level_reached(s
         assert await _ids(buffer) == ["m-1"]
 
 
-@pytest.mark.parametrize("level", ["replicated", "eternal", None])
-async def test_level_that_cannot_be_met_is_refused(patient: Buffer, level: Any) -> None:
+@pytest.mark.parametrize("level", ["eternal", None])
+async def test_level_that_does_not_exist_is_refused(patient: Buffer, level: Any) -> None:
     """Before anything is sent."""
     with pytest.raises(InvalidRequest, match="durability"):
         await patient.conversation("c").append(message("1"), durability=level)
