@@ -15,8 +15,9 @@ from buffer.model.record import split_header
 from buffer.store.placing import Placed
 from buffer.stream.shards import RawEntry
 
-# What an item costs here beside its payload: header, digests, and the objects around them; measured.
-OVERHEAD_BYTES = 450
+# What an item costs here beside its payload: header, digests, and the objects around them; measured
+# by `buffer bench retention`.
+OVERHEAD_BYTES = 700
 
 # Sequence to (bytes, number of items, the append's arguments: four an item, header third, payload fourth).
 Kept = dict[int, tuple[int, int, Sequence[bytes]]]

@@ -98,6 +98,8 @@ class Ledger:
 
     def _compare(self, conversation: str, seen: list[Seen], found: Faults) -> None:
         acked = {ack.id: ack for ack in self._acked.get(conversation, [])}
+        places = {(ack.id, ack.position) for ack in self._acked.get(conversation, [])}
+        moved = {item_id for item_id, n in Counter(item_id for item_id, _ in places).items() if n > 1}
         unknown = self._unknown.get(conversation, {})
         times = Counter(item.id for item in seen)
         bodies = Counter(json.dumps(item.body, sort_keys=True) for item in seen)
@@ -110,7 +112,11 @@ class Ledger:
             expected = ack.body if ack is not None else unknown.get(item.id)
             if expected is None:
                 found.unexpected.append((conversation, item.id))
-            elif dict(expected) != dict(item.body) or (ack is not None and ack.position != item.position):
+            elif (
+                dict(expected) != dict(item.body)
+                or (ack is not None and ack.position != item.position)
+                or item.id in moved
+            ):
                 found.altered.append((conversation, item.id))
 
 
@@ -152,8 +158,17 @@ async def _page(conversation: Conversation, after: int | None) -> Page:
     return await conversation.items(after=after, limit=PAGE)
 
 
-async def in_reads(buffer: Buffer, conversations: Iterable[str], tenant: str = "default") -> Contents:
-    """Every item that the API shows of these conversations, page by page."""
+async def in_reads(
+    buffer: Buffer,
+    conversations: Iterable[str],
+    tenant: str = "default",
+    *,
+    incomplete: set[str] | None = None,
+) -> Contents:
+    """Every item that the API shows of these conversations, page by page.
+
+    ``incomplete`` takes the names of those of which it said that a part is missing.
+    """
     contents: dict[str, list[Seen]] = {}
     for name in conversations:
         conversation = buffer.conversation(name, tenant=tenant)
@@ -163,4 +178,6 @@ async def in_reads(buffer: Buffer, conversations: Iterable[str], tenant: str = "
             page = await _page(conversation, seen[-1].position if seen else None)
             seen += [Seen(item.id, item.position, dict(item)) for item in page.items]
             more = page.has_more
+            if incomplete is not None and not page.complete:
+                incomplete.add(name)
     return contents
