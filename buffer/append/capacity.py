@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import time
+from typing import Any
 
 from buffer.errors import BufferError, Overloaded
 from buffer.metrics import Metrics
@@ -90,6 +91,14 @@ class Capacity:
                 _log.debug("room in Redis is not known: %s", error)
             await asyncio.sleep(_LOOK_SECONDS)
 
+    async def _memory_info(self) -> dict[str, Any]:
+        """Empty where Redis does not tell."""
+        try:
+            return await self._client.info("memory")
+        except BufferError as error:
+            _log.debug("Redis does not tell its memory: %s", error)
+            return {}
+
     async def _look(self) -> None:
         streams = [shard for shard, state in enumerate(self._member.states) if state.mode == "stream"]
         if not streams:
@@ -101,7 +110,7 @@ class Capacity:
         settled = sum(backlog.settled_bytes for backlog in backlogs)
         self._flow.see(self._used + settled, settled, time.monotonic())
         self._unflushed.see(self._used)
-        info = await self._client.info("memory")
+        info = await self._memory_info()
         self._used_memory, limit = info.get("used_memory", 0), info.get("maxmemory", 0)
         high = limit * self._memory_share if limit else math.inf
         self._memory.high, self._memory.low = high, high - (limit * self._memory_share * 0.1 if limit else 0)
