@@ -140,6 +140,15 @@ class Member:
         self._suspicious_until = time.monotonic() + _SUSPICIOUS_SECONDS
         self._suspected.set()
 
+    async def lose(self, shard: int, epoch: int, why: str) -> None:
+        """Redis does not hold what it should of this epoch: close its path, so that the copies are brought.
+
+        Raises:
+            PostgresUnavailable: not now.
+        """
+        await self._store.close(self.process, {shard: epoch}, why, unless_seen_seconds=None)
+        self.suspect()
+
     def refused(self, shard: int, epoch: int) -> None:
         """A script refused this process in that epoch: it takes no part until it has joined again."""
         state = self.states[shard]

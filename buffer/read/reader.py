@@ -36,7 +36,7 @@ from buffer.policy.merge import (
 from buffer.store import items as store_items
 from buffer.store.items import ItemReader, StoredItem, Where
 from buffer.stream.link import LinkLost
-from buffer.stream.shards import RawEntry, Refused, Shards
+from buffer.stream.shards import EntryMissing, RawEntry, Refused, Shards
 
 _T = TypeVar("_T")
 
@@ -192,11 +192,13 @@ class Reader:
             epoch = self._member.states[shard].epoch
             try:
                 return await read()
-            except (Refused, LinkLost, _PathMoved) as error:
+            except (Refused, LinkLost, EntryMissing, _PathMoved) as error:
                 if time.monotonic() > deadline:
                     raise
                 if isinstance(error, Refused):
                     self._member.refused(shard, epoch)
+                elif isinstance(error, EntryMissing):
+                    await self._member.lose(shard, epoch, str(error))
                 self._member.suspect()
                 await asyncio.sleep(_AGAIN_SECONDS)
 

@@ -28,6 +28,10 @@ class Refused(RedisUnavailable):
     """Redis does not hold the grant for the caller's epoch."""
 
 
+class EntryMissing(RedisUnavailable):
+    """Redis does not hold an unflushed entry any more: somebody took it out."""
+
+
 class OutOfMemory(RedisUnavailable):
     """Redis is at its maxmemory, and ran nothing."""
 
@@ -46,6 +50,8 @@ def error_of(reply: ResponseError) -> BufferError:
     text = str(reply)
     if "REFUSED" in text:
         return Refused(_refusal(text), retry_after=0.1)
+    if text.startswith("MISSING"):
+        return EntryMissing(f"Redis: {text}", retry_after=0.5)
     if isinstance(reply, OutOfMemoryError):
         return OutOfMemory("Redis is out of memory (maxmemory)", retry_after=1.0)
     if isinstance(reply, _PASSING) or text.startswith(_PASSING_PREFIXES):
