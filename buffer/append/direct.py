@@ -58,7 +58,7 @@ class Direct:
         self._waiting: list[Operation] = []
         self._looking_up: list[Operation] = []
         self._wakeup = asyncio.Event()
-        self.under_way: list[Operation] = []
+        self.under_way: dict[Operation, None] = {}
 
     def submit(self, operations: Sequence[Operation]) -> None:
         """Append these directly."""
@@ -105,7 +105,7 @@ class Direct:
 
     async def _guarded(self, batch: list[Operation], work: object) -> None:
         """Whatever happens, everyone of the batch is answered or put back."""
-        self.under_way = list(batch)
+        self.under_way = dict.fromkeys(batch)
         try:
             await work  # type: ignore[misc]
         except BufferError as error:
@@ -115,11 +115,11 @@ class Direct:
             for operation in self.under_way:
                 operation.trouble = str(error)
             await asyncio.sleep(0.02)
-        left, self.under_way = self.under_way, []
+        left, self.under_way = self.under_way, {}
         self._put_back([operation for operation in left if not operation.future.done()])
 
     def _done(self, operation: Operation, outcome: Outcome) -> None:
-        self.under_way.remove(operation)
+        del self.under_way[operation]
         self._deliver(operation, outcome)
 
     async def _append(self, batch: list[Operation]) -> None:
