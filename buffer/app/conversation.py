@@ -129,6 +129,8 @@ class Conversation:
         Raises:
             OutcomeUnknown: not within ``timeout`` seconds.
         """
+        if receipt.level == "stored":
+            return
         limit = timeout if timeout is not None else self._runtime.settings.append_timeout_seconds
         try:
             async with asyncio.timeout(limit):

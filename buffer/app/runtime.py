@@ -201,6 +201,8 @@ class Runtime:
                 for shard in range(self.settings.shards)
             ]
             streams = [shard for shard, state in enumerate(states) if state.mode == "stream"]
+            if not streams:
+                return
             try:
                 backlogs = await self.shards.peek(streams)
                 break

@@ -201,7 +201,8 @@ class Appender:
         if state.at(epoch_of(receipts[-1].position), "stream"):
             return True
         tenant, conversation = operation.conversation.decode().split("/")
-        return len(await self._items.positions(tenant, conversation, operation.ids)) == len(receipts)
+        stored = await self._items.positions(tenant, conversation, operation.ids)
+        return all(receipt.id in stored and stored[receipt.id][0] == receipt.position for receipt in receipts)
 
     async def flushed(self, shard: int, position: int) -> None:
         """Return once everything of the shard up to ``position`` is committed in Postgres."""

@@ -13,11 +13,14 @@ Postgres knows is not stored a second time. Where the path of a shard is direct,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
+
+import anyio
 
 from buffer.append.capacity import Capacity
 from buffer.append.direct import Direct, Outcome
@@ -38,8 +41,6 @@ from buffer.stream.shards import OutOfMemory, Refused, checked
 _MOST_ARGUMENTS = 3_000
 _MOST_BYTES = 4 << 20
 _DEPTH = 2
-# A switch of the path takes once or twice redis_lost_seconds; if none came by then, we are alone.
-_ALONE_AFTER = 3
 # What waits for something to pass is tried again this often, and expires this late at the most.
 _SWEEP_SECONDS = 0.05
 
@@ -75,13 +76,14 @@ class Coalescer:
         self._settings = settings
         self._most_operations = settings.append_queue_max
         self._most_bytes = settings.append_queue_max_bytes
-        self._alone_seconds = _ALONE_AFTER * settings.redis_lost_seconds
         self._queue: deque[Operation] = deque()
         self._under_way: deque[list[Call]] = deque()
+        self._losses = 0  # how often all that was under way was put back
         self._to_send = asyncio.Event()
         self._to_receive = asyncio.Event()
-        self._lost_since: float | None = None  # Redis is out of reach for this process
-        self._parked: set[Operation] = set()  # on their way back to the queue, a little later
+        self._reach = member.reach
+        self._connecting = False
+        self._parked: dict[Operation, None] = {}  # in their order, until they go back to the queue
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._answered = 0
@@ -99,8 +101,7 @@ class Coalescer:
         """
         if self._closed:
             raise _closing()
-        if self._lost_since is not None:
-            self._refuse_if_alone(operation.shard)
+        self._reach.refuse_if_alone(operation.shard)
         if self._member.states[operation.shard].mode == "stream":
             self._capacity.check()
         if self.operations >= self._most_operations or self.bytes + operation.nbytes > self._most_bytes:
@@ -118,11 +119,11 @@ class Coalescer:
     async def run(self) -> None:
         """Serve the queue until cancelled; what is left then fails."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._send(), name="append-send")
-                tasks.create_task(self._receive(), name="append-receive")
-                tasks.create_task(self._direct.run(), name="append-direct")
-                tasks.create_task(self._expire(), name="append-expire")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._send, name="append-send")
+                tasks.start_soon(self._receive, name="append-receive")
+                tasks.start_soon(self._direct.run, name="append-direct")
+                tasks.start_soon(self._expire, name="append-expire")
         finally:
             self._closed = True
             self._lose_what_is_under_way(_closing())
@@ -131,24 +132,12 @@ class Coalescer:
             self._queue.clear()
             await self._link.close()
 
-    def _refuse_if_alone(self, shard: int) -> None:
-        """While the service may still switch, appends wait; if it does not, this process alone is cut off.
-
-        Raises:
-            RedisUnavailable: try another process.
-        """
-        assert self._lost_since is not None
-        if (
-            self._member.states[shard].mode == "stream"
-            and self._loop.time() - self._lost_since > self._alone_seconds
-        ):
-            raise RedisUnavailable("this process has lost Redis, and the service has not", retry_after=1.0)
-
     def _path_changed(self) -> None:
         """What was sent in an epoch that is over is not waited for; what waits goes where the path leads."""
         states = self._member.states
         calls = [call for calls in self._under_way for call in calls]
-        if any(not states[shard].at(epoch, "stream") for shard, epoch, _ in calls):
+        moved = any(not states[shard].at(epoch, "stream") for shard, epoch, _ in calls)
+        if moved and not self._connecting:  # else they are not sent yet
             error = RedisUnavailable("the path has changed")
             self._lose_what_is_under_way(error)
             self._link.abort()
@@ -160,32 +149,47 @@ class Coalescer:
         while True:
             await self._to_send.wait()
             self._to_send.clear()
-            if self._lost_since is not None and not self._queue:
-                await self._try_to_connect()
+            if self._reach.is_sought and not self._queue and not self._under_way:
+                await self._look_for_redis()
             while self._queue and len(self._under_way) < _DEPTH:
                 calls = self._take()
                 if not calls:
                     continue
                 self._under_way.append(calls)
                 commands = self._commands(calls)
+                losses = self._losses
                 try:
+                    if not self._link.connected and not await self._connect():
+                        error = RedisUnavailable("the path has changed")
+                        self._lose_what_is_under_way(error, never_sent=calls)
+                        continue
                     await self._link.send(commands)
                 except LinkLost as error:
                     self._lost(error, never_sent=None if error.sent else calls)
-                    await asyncio.sleep(self._link.retry_delay())
+                    await self._reach.wait(asyncio.sleep(self._link.retry_delay()))
                 else:
-                    self._to_receive.set()
+                    if losses == self._losses:
+                        self._to_receive.set()
+                    else:  # they were put back while they were sent: nobody may read their replies
+                        await self._link.close()
 
-    async def _try_to_connect(self) -> None:
+    async def _connect(self) -> bool:
+        """Whether there is a connection before the path changes."""
+        self._connecting = True
         try:
-            await self._link.send([])
-        except LinkLost:
-            return
-        self._lost_since = None
+            return await self._reach.wait(self._link.send([]))
+        finally:
+            self._connecting = False
+
+    async def _look_for_redis(self) -> None:
+        """Nobody waits for it now; but who comes next should know whether it is there."""
+        await self._link.close()  # an old connection tells nothing
+        with contextlib.suppress(LinkLost):
+            if await self._connect():
+                self._reach.found()
 
     def _lost(self, error: LinkLost, never_sent: list[Call] | None = None) -> None:
-        if self._lost_since is None:
-            self._lost_since = self._loop.time()
+        self._reach.lost()
         self._member.suspect()
         self._lose_what_is_under_way(error, never_sent=never_sent)
 
@@ -213,7 +217,7 @@ class Coalescer:
                 if state.mode == "direct":
                     direct.append(operation)
                 else:
-                    self._parked.add(operation)
+                    self._parked[operation] = None
                 continue
             if (
                 state.ids_known_at > now
@@ -262,7 +266,7 @@ class Coalescer:
                     if calls:  # else the sender noticed first, and has put them back
                         self._lost(error)
                     break
-                self._lost_since = None
+                self._reach.found()
                 if self._under_way and self._under_way[0] is calls:  # else the path has changed
                     self._under_way.popleft()
                 self._to_send.set()
@@ -313,7 +317,7 @@ class Coalescer:
                 operation.maybe_stored = True
                 operation.reached = "buffered"
                 operation.trouble = "too few replicas have confirmed"
-                self._parked.add(operation)
+                self._parked[operation] = None
             else:
                 rest.append((operation, answer))
         return [operation for operation, _ in rest], [answer for _, answer in rest]
@@ -340,7 +344,7 @@ class Coalescer:
             elif isinstance(error, OutOfMemory) and not operation.maybe_stored:
                 self._fail(operation, self._capacity.out_of_memory())
             else:
-                self._parked.add(operation)
+                self._parked[operation] = None
 
     def _retain(self, shard: int, epoch: int, operations: list[Operation], answers: list[bytes]) -> None:
         """Keep what is acked; repeats, too: whoever acked them first may be dead."""
@@ -349,9 +353,12 @@ class Coalescer:
         nbytes = turns = 0
         for operation, answer in zip(operations, answers, strict=True):
             if answer[0] in _DIGITS:
-                count = len(operation.ids)
+                count, sequence = len(operation.ids), int(answer)
                 held = operation.nbytes + count * OVERHEAD_BYTES
-                kept[int(answer)] = (held, count, operation.arguments)
+                if served := kept.get(sequence):  # a reader was faster
+                    nbytes -= served[0]
+                    turns -= served[1]
+                kept[sequence] = (held, count, operation.arguments)
                 nbytes += held
                 turns += count
             elif answer[0] == _DUPLICATE:
@@ -367,7 +374,7 @@ class Coalescer:
             operation.in_flight = False
             operation.maybe_stored = True
             operation.trouble = "the path has changed"
-        self._parked.update(operations)
+        self._parked.update(dict.fromkeys(operations))
         self._member.suspect()
 
     def _deliver_direct(self, operation: Operation, outcome: Outcome) -> None:
@@ -396,10 +403,12 @@ class Coalescer:
                 lost += operations
             calls.clear()
         self._under_way.clear()
+        self._losses += 1
         self._put_back(lost)
 
     def _unpark(self, operations: list[Operation]) -> None:
-        self._parked.difference_update(operations)
+        for operation in operations:
+            self._parked.pop(operation, None)
         self._put_back(operations)
 
     def _put_back(self, operations: Sequence[Operation]) -> None:
@@ -428,7 +437,7 @@ class Coalescer:
             for operation in everything:
                 if operation.began + operation.limit_seconds <= now:
                     operation.expire()
-            if self._parked or self._lost_since is not None:
+            if self._parked or self._reach.is_sought:
                 self._unpark([op for op in self._parked if self._may_go_on(op)])
                 self._to_send.set()
 

@@ -116,7 +116,7 @@ class Direct:
                 operation.trouble = str(error)
             await asyncio.sleep(0.02)
         left, self.under_way = self.under_way, {}
-        self._put_back([operation for operation in left if not operation.future.done()])
+        self._put_back(list(left))  # which lets go of those whose caller gave up
 
     def _done(self, operation: Operation, outcome: Outcome) -> None:
         del self.under_way[operation]

@@ -330,7 +330,7 @@ class Flusher:
         if not entries:
             return None
         decoded, unknown = decode(entries)
-        self._look_for_holes(owned, before, decoded)
+        await self._look_for_holes(owned, before, decoded)
         if unknown is not None:
             self._metrics["flush_failures_total"].labels(reason="format").inc()
             cursor.hold_back(f"a newer release wrote to it: {unknown}")
@@ -339,7 +339,7 @@ class Flusher:
         cursor.fetched = decoded[-1].sequence
         return ShardBatch(owned, before, cursor.committed, decoded)
 
-    def _look_for_holes(self, owned: Owned, before: int, entries: list[Entry]) -> None:
+    async def _look_for_holes(self, owned: Owned, before: int, entries: list[Entry]) -> None:
         """Numbers are dense: one that is not there was taken out of Redis by somebody else.
 
         Raises:
@@ -348,6 +348,9 @@ class Flusher:
         """
         if not entries or entries[-1].sequence == before + len(entries):
             return
+        (backlog,) = await self._shards.peek([owned.shard])
+        if backlog.epoch != owned.path_epoch or backlog.mark > before:
+            raise Unavailable(f"shard {owned.shard}: another flusher went on from {before}")
         missing = entries[-1].sequence - before - len(entries)
         why = f"shard {owned.shard}: {missing} entries after number {before} are not in Redis any more"
         self._manager.lose(owned.shard, owned.path_epoch, why)

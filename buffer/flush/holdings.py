@@ -71,6 +71,7 @@ class Holdings:
         self._cut_off = cut_off
         self._metrics = metrics
         self._changing = asyncio.Lock()
+        self._leaving = False
         self.held: list[int] = []
         self.cursors: dict[int, Cursor] = {}  # of those whose path is the stream
 
@@ -98,6 +99,8 @@ class Holdings:
     async def hand_over(self) -> None:
         """Give everything back; what cannot be given back is left to its lease."""
         with anyio.move_on_after(_HAND_OVER_SECONDS, shield=True):
+            async with self._changing:
+                self._leaving = True  # a share that is due now would claim them again
             try:
                 await self._store.release(self._id, self.held)
                 await self._store.leave(self._id)
@@ -108,6 +111,8 @@ class Holdings:
         self.held = []
 
     async def _share(self) -> None:
+        if self._leaving:
+            return
         if self._cut_off():  # others can flush
             await self._store.release(self._id, self.held)
             for shard in list(self.cursors):

@@ -11,8 +11,11 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from datetime import datetime
 
-from buffer.errors import BufferError
+import anyio
+
+from buffer.errors import BufferError, RedisUnavailable
 from buffer.model.position import pack
 from buffer.model.record import UnknownRecordFormat
 from buffer.path.retention import placed
@@ -76,6 +79,7 @@ class Manager:
     ) -> None:
         self._settings = settings
         self._store = store
+        self._make_grants = make_grants
         self._grants = make_grants(lambda: self._wanted_run_id)
         self._reports = make_grants(lambda: self._wanted_run_id)
         self._name = name
@@ -83,6 +87,7 @@ class Manager:
         self._timeout_seconds = settings.heartbeat_timeout_seconds
         self._wanted_run_id: str | None = None
         self._look: Look | None = None
+        self._looked_at: datetime | None = None  # by Postgres's clock
         self._processes = Watched()
         self._managers = Watched()
         self._reached_at = time.monotonic()
@@ -95,15 +100,19 @@ class Manager:
         self._modes: dict[int, tuple[int, Mode]] = {}
         self._ahead: dict[int, tuple[int, int | None]] = {}
         self._lost: dict[tuple[int, int], str] = {}
+        self._running = anyio.CancelScope()
+        self._ended = asyncio.Event()
         self.cut_off = False  # this manager cannot reach Redis, and others can
 
     async def run(self) -> None:
         """Manage the path until cancelled."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._manage(), name="path-manage")
-                tasks.create_task(self._report(), name="path-report")
+            with self._running:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._manage, name="path-manage")
+                    tasks.start_soon(self._report, name="path-report")
         finally:
+            self._ended.set()
             await self._grants.close()
             await self._reports.close()
 
@@ -124,10 +133,18 @@ class Manager:
                     await self._say_that_postgres_is_away()
 
     async def resign(self) -> None:
-        """Leave the others to it."""
-        with contextlib.suppress(BufferError, TimeoutError):
+        """Leave the others to it: from then on no process waits for its word, since it judges nobody."""
+        self._running.cancel()
+        await self._ended.wait()
+        grants = self._make_grants(lambda: self._wanted_run_id)
+        try:
             async with asyncio.timeout(1):
                 await self._store.resign(self._name)
+                await grants.dismiss(list(self._modes), self._name)
+        except (BufferError, TimeoutError) as error:
+            _log.debug("not resigned: %s", error or "time-out")
+        finally:
+            await grants.close()
 
     def lose(self, shard: int, epoch: int, why: str) -> None:
         """Redis does not hold what it should of this epoch of a shard: close its path."""
@@ -169,11 +186,19 @@ class Manager:
         self._processes.see({name: process.beats for name, process in look.processes.items()}, now)
         self._managers.see({n: looks for n, looks in look.managers.items() if n != self._name}, now)
         self._look, self._reached_at, self._redis_seen = look, now, False
+        self._looked_at = look.looked_at
         modes = {path.shard: (path.epoch, path.mode) for path in look.paths}
         if modes != self._modes:
             self._modes = modes
+            self._begin_anew(now)
             self._on_change()
         return look
+
+    def _begin_anew(self, now: float) -> None:
+        """The path has moved: what was seen of the grants before says nothing of those that stand now."""
+        self._redis_seen_at, self.cut_off = now, False
+        self._questions = {}
+        self._put_out.clear()
 
     def _lose_touch(self, now: float) -> None:
         self._processes.forget()
@@ -182,7 +207,7 @@ class Manager:
 
     def _judgement(self, paths: list[ManagedPath]) -> Judgement:
         """Who was silent for a time-out; nobody, while this manager may not judge."""
-        assert self._look is not None
+        assert self._looked_at is not None
         now = time.monotonic()
         silent = self._processes.silent(self._timeout_seconds, now)
         # A path that is closing has no grant any more: the epoch before it is the one that counts.
@@ -190,14 +215,17 @@ class Manager:
         known = all(self._known_in.get(shard) == epoch for shard, epoch in grants.items())
         if not known and now - self._watching_since < _UNKNOWN_PATIENCE * self._timeout_seconds:
             silent = {}
-        return Judgement(self._name, self._look.looked_at, _JUDGEMENT * self._timeout_seconds, silent)
+        return Judgement(self._name, self._looked_at, _JUDGEMENT * self._timeout_seconds, silent)
 
     async def _say_that_postgres_is_away(self) -> None:
         """Tell the processes, through Redis, that nobody is judged by this manager now."""
         self._lose_touch(time.monotonic())
         epochs = {shard: epoch for shard, (epoch, mode) in self._modes.items() if mode == "stream"}
         if epochs:
-            self._questions = await self._reports.report(epochs, self._name, self._questions)
+            modes = self._modes
+            asked = await self._reports.report(epochs, self._name, self._questions)
+            if modes is self._modes:  # else these are the questions of grants that are over
+                self._questions = asked
 
     # --- stream: watch Redis
 
@@ -208,7 +236,7 @@ class Manager:
         except WrongServer:
             await self._close(paths, "another server answers than the one that was granted the epoch")
             return
-        except LinkLost as error:
+        except RedisUnavailable as error:  # no answer, or one that says: not now
             if time.monotonic() - self._redis_seen_at > self._settings.redis_lost_seconds:
                 limit = self._settings.redis_lost_seconds
                 await self._close(paths, f"no answer for {limit:g} s ({error})", unless_seen_seconds=limit)
@@ -336,11 +364,11 @@ class Manager:
                 if (stands.epoch or 0) > path.epoch:
                     await self._catch_up(path, stands)
                     return
+            run_id = self._wanted_run_id = self._grants.run_id  # the rest is done there, or not at all
             for path in paths:
                 fences[path.shard] = await self._grants.fence(path.shard, path.epoch, secrets.token_hex(8))
         except (LinkLost, Refused):
             return
-        run_id = self._grants.run_id
         held_all = set()
         for path in paths:
             fence = fences[path.shard]
@@ -359,7 +387,6 @@ class Manager:
             window_seconds=self._settings.idempotency_window_seconds,
         )
         self._look = None
-        self._wanted_run_id = run_id
         await self._grant(went, {shard: fence.text for shard, fence in fences.items()})
         if went.epochs:
             _log.warning("shards %s are back in Redis", sorted(went.epochs))

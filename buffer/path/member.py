@@ -7,14 +7,16 @@ knows at every moment whether an answer from Redis may count as an ack.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
 from typing import Literal
 
+import anyio
+
 from buffer.errors import BufferError, RedisUnavailable, Unavailable
 from buffer.metrics import Metrics
+from buffer.path.reach import Reach
 from buffer.path.retention import Retention
 from buffer.settings import Settings
 from buffer.store.paths import Mode, PathRow, PathStore
@@ -36,7 +38,7 @@ _SOON_SECONDS = 0.03
 _DIRECT_SECONDS = 0.15
 _MARKS_SECONDS = 1.0
 _ASK_SECONDS = 0.1
-_LAST_FLUSH_MOST_SECONDS = 5.0
+_LAST_FLUSH_MOST_SECONDS = 2.0
 
 
 class State:
@@ -73,6 +75,7 @@ class Member:
         self.field = shards.member
         self.states = [State() for _ in shards.keys]
         self.retention = Retention(len(shards.keys))
+        self.reach = Reach(self.states, settings.redis_lost_seconds)
         self.run_id: str | None = None
         self.on_change: list[Callable[[], None]] = []
         self._settings = settings
@@ -123,8 +126,8 @@ class Member:
             if left <= 0:
                 raise Unavailable(self.trouble(shard), retry_after=0.5)
             self.suspect()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(left, 0.05))
+            with anyio.move_on_after(min(left, 0.05)):
+                await self._changed.wait()
 
     def trouble(self, shard: int) -> str:
         """Why the shard is not open."""
@@ -161,10 +164,15 @@ class Member:
 
     async def run(self) -> None:
         """Follow the path and the marks until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow_path(), name="path-follow")
-            if self._accepting:
-                tasks.create_task(self._follow_redis(), name="path-marks")
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._follow_path, name="path-follow")
+                if self._accepting:
+                    tasks.start_soon(self._follow_redis, name="path-marks")
+        finally:
+            if self._refreshing is not None:
+                self._refreshing.cancel()
+                await asyncio.gather(self._refreshing, return_exceptions=True)
 
     async def _follow_path(self) -> None:
         while True:
@@ -173,8 +181,8 @@ class Member:
             except (BufferError, TimeoutError) as error:
                 _log.debug("path not seen: %s", error or "time-out")
             self._suspected.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._suspected.wait(), self._pause_seconds())
+            with anyio.move_on_after(self._pause_seconds()):
+                await self._suspected.wait()
             if self._suspected.is_set():
                 await asyncio.sleep(_SOON_SECONDS)
 
@@ -308,6 +316,7 @@ class Member:
     def _announce(self) -> None:
         degraded = any(state.mode != "stream" for state in self.states)
         self._metrics["degraded"].labels(dependency="redis").set(degraded)
+        self.reach.path_changed()
         self._changed.set()
         self._changed = asyncio.Event()
         for changed in self.on_change:
@@ -363,6 +372,8 @@ class Member:
             return
         await self._wait_for_flush()
         self._leaving = True
+        if self._refreshing is not None:  # it may be about to register, or to join
+            await asyncio.wait([self._refreshing], timeout=1)
         for state in self.states:
             state.mode = "joining"
         try:

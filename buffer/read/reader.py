@@ -189,6 +189,7 @@ class Reader:
     async def _while_the_path_moves(self, shard: int, read: Callable[[], Awaitable[_T]]) -> _T:
         deadline = time.monotonic() + self._timeout_seconds
         while True:
+            self._member.reach.refuse_if_alone(shard)
             epoch = self._member.states[shard].epoch
             try:
                 return await read()
@@ -199,6 +200,8 @@ class Reader:
                     self._member.refused(shard, epoch)
                 elif isinstance(error, EntryMissing):
                     await self._member.lose(shard, epoch, str(error))
+                elif isinstance(error, LinkLost):
+                    self._member.reach.lost()
                 self._member.suspect()
                 await asyncio.sleep(_AGAIN_SECONDS)
 

@@ -323,11 +323,17 @@ class PathStore:
         return True
 
     async def salvage(self, shard: int, epoch: int, rows: Sequence[Placed]) -> bool:
-        """Bring what an older Redis held of an unclean shard; False if its path has moved on."""
+        """Bring what an older Redis held of an unclean shard; False if its path has moved on.
+
+        Nothing is brought once nobody is missing any more: what Postgres does not have then was never acked,
+        and complete reads were given without it.
+        """
         async with self._database.transaction() as connection:
             row = (await lock(connection, [shard]))[shard]
             if (row.epoch, row.mode) != (epoch, "direct"):
                 return False
+            if not await connection.fetch(_SQL["missing"], [shard]):
+                return True
             await _bring(connection, "count_salvaged", shard, rows)
         return True
 

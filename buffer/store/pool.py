@@ -143,16 +143,23 @@ class Database:
             raise PostgresUnavailable("Postgres: the pool is closed")
         if self.on_query is not None:
             self.on_query()
-        with translated():
-            async with self._pool.acquire(
-                timeout=min(self._acquire_seconds, self._settings.postgres_timeout_seconds)
-            ) as connection:
-                try:
-                    yield connection
-                except asyncio.CancelledError:
-                    # Ended in good manners it would wait for a server that may not answer at all.
-                    connection.terminate()
-                    raise
+        ended: BaseException | None = None
+        try:
+            with translated():
+                async with self._pool.acquire(
+                    timeout=min(self._acquire_seconds, self._settings.postgres_timeout_seconds)
+                ) as connection:
+                    try:
+                        yield connection
+                    except (asyncio.CancelledError, TimeoutError) as error:
+                        # Ended in good manners it would wait for a server that may not answer at all.
+                        ended = error
+                        connection.terminate()
+                        raise
+        except BufferError:
+            if isinstance(ended, asyncio.CancelledError):
+                raise ended from None  # whatever the pool says of the connection that was ended
+            raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -165,7 +172,7 @@ class Database:
                 # is. Whoever is stopped within a transaction must not keep its locks.
                 await connection.execute(self._begin)
                 yield connection
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, TimeoutError):
                 connection.terminate()
                 raise
             except BaseException:

@@ -66,6 +66,11 @@ class Link:
         self._loaded: set[bytes] = set()
         self._failures = 0
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._connection is not None and self._connection.is_connected
+
     async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
         """Send all commands, return all replies; an error reply is returned as a `ResponseError`.
 

@@ -12,6 +12,8 @@ import itertools
 import logging
 from collections.abc import Callable
 
+import anyio
+
 from buffer.errors import BufferError, RedisUnavailable
 from buffer.model.position import epoch_of, pack, sequence_of
 from buffer.stream.client import RedisClient
@@ -101,9 +103,9 @@ class Marks:
     async def run(self) -> None:
         """Keep the marks fresh until cancelled; who waits then is told that nobody will tell."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._listen(), name="marks-listen")
-                tasks.create_task(self._poll(), name="marks-poll")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._listen, name="marks-listen")
+                tasks.start_soon(self._poll, name="marks-poll")
         finally:
             self._closed = True
             for _, _, future in itertools.chain(*self._waiters):

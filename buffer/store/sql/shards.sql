@@ -1,4 +1,5 @@
 -- Shards: who flushes them, and how far. All times are Postgres's, so flushers' clocks do not matter.
+-- Who waits for the locks of more than one row takes them in the order of the shards, see paths.sql.
 
 -- name: status
 select shard, path_epoch, mode, not exists (select from buffer.missing m where m.shard = s.shard) as clean,
@@ -24,9 +25,12 @@ delete from buffer.flushers where flusher = $1
 
 -- name: renew
 -- Keep what is ours. $1 flusher, $2 lease in seconds. Rows that a flush holds locked renew themselves.
-update buffer.shards set lease_until = now() + make_interval(secs => $2::float8)
-where owner = $1
-returning shard, fence, path_epoch, flushed_through, mode
+with ours as materialized (
+    select shard from buffer.shards where owner = $1 order by shard for update
+)
+update buffer.shards s set lease_until = now() + make_interval(secs => $2::float8)
+from ours where s.shard = ours.shard and s.owner = $1
+returning s.shard, s.fence, s.path_epoch, s.flushed_through, s.mode
 
 -- name: expired_owners
 -- Owners whose lease ran out: whatever transaction they still hold open is ended before a takeover.
@@ -51,17 +55,26 @@ returning shard, fence, path_epoch, flushed_through, mode
 
 -- name: release
 -- $1 flusher, $2 shards
-update buffer.shards set owner = null, lease_until = '-infinity'
-where owner = $1 and shard = any($2::int[])
+with ours as materialized (
+    select shard from buffer.shards where owner = $1 and shard = any($2::int[]) order by shard for update
+)
+update buffer.shards s set owner = null, lease_until = '-infinity'
+from ours where s.shard = ours.shard and s.owner = $1
 
 -- name: advance
 -- The fence: part of every flush. Fewer rows back than asked for means that somebody else owns a shard now.
 -- $1 flusher, $2 lease in seconds, $3 shards, $4 fences, $5 path epochs, $6 flushed through, $7 turns
+with ours as materialized (
+    -- Not those that are closing: their locks are with a spill, which may wait for the rows of this flush.
+    select shard from buffer.shards where owner = $1 and shard = any($3::int[]) and mode = 'stream'
+    order by shard for update
+)
 update buffer.shards s
 set flushed_through = batch.through, flushed_turns = s.flushed_turns + batch.turns, flushed_at = now(),
     lease_until = greatest(s.lease_until, now() + make_interval(secs => $2::float8))
 from unnest($3::int[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[])
     as batch (shard, fence, path_epoch, through, turns)
+    join ours using (shard)
 where s.shard = batch.shard and s.owner = $1 and s.fence = batch.fence and s.path_epoch = batch.path_epoch
   and s.mode = 'stream'
 returning s.shard
