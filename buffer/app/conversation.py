@@ -11,6 +11,7 @@ from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown
 from buffer.model.ids import check_id
 from buffer.model.position import MAX_POSITION
 from buffer.model.types import Context, Level, Page, Receipt
+from buffer.policy.budget import TokenCounter, estimate_tokens, is_system, select
 
 if TYPE_CHECKING:
     from buffer.app.runtime import Runtime
@@ -83,15 +84,44 @@ class Conversation:
             self._target, items, ids, durability, if_match, after, timeout
         )
 
-    async def context(self, turns: int = 20) -> Context:
-        """The newest ``turns`` items, oldest first, the unflushed ones included.
+    async def context(
+        self,
+        turns: int = 20,
+        tokens: int | None = None,
+        *,
+        count: TokenCounter = estimate_tokens,
+        pin_system: bool = False,
+    ) -> Context:
+        """The newest items that fit, oldest first, the unflushed ones included.
+
+        A tool call and its result are never separated, nor a reasoning item from the one after it, so there
+        may be fewer items than would fit; see `buffer.policy.budget`.
+
+        Args:
+            turns: at most so many items.
+            tokens: at most so many tokens, as ``count`` counts them. If not even the fewest items that may
+                stand alone fit, those are returned, with ``over_budget``.
+            count: tokens of one item; by default an estimate, see `buffer.policy.budget.estimate_tokens`.
+            pin_system: keep the conversation's first item, if it is a system message, however old it is.
 
         Raises:
+            InvalidRequest: a budget is not a positive number.
             Unavailable: a part of the answer could not be had.
         """
         _check_count(turns, "turns")
-        read = await self._runtime.reader.newest(self.tenant, self.id, turns)
-        return Context(read.items, read.items[-1].position if read.items else None, read.complete)
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise InvalidRequest("tokens must be a positive number", param="tokens")
+        reader = self._runtime.reader
+        read = await reader.newest(self.tenant, self.id, turns)
+        items, complete = read.items, read.complete
+        if pin_system and read.more:
+            first = await reader.oldest(self.tenant, self.id, 1)
+            complete &= first.complete
+            items = [*(item for item in first.items if is_system(item)), *items]
+        kept = select(items, turns=turns, tokens=tokens, count=count, pin_system=pin_system)
+        chosen = [*items[: kept.pinned], *items[kept.first :]]
+        last = read.items[-1].position if read.items else None
+        return Context(chosen, last, complete, over_budget=kept.over)
 
     async def items(
         self,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from buffer.model.messages import Message, to_messages
+
 Level = Literal["buffered", "replicated", "stored"]
 Path = Literal["stream", "direct"]
 
@@ -52,12 +54,20 @@ class Summary:
 
 @dataclass(slots=True, frozen=True)
 class Context:
-    """What a prompt is built from: a summary, and the newest items, oldest first."""
+    """What a prompt is built from: a summary, and the newest items, oldest first.
+
+    ``over_budget``: even the fewest items that a model accepts alone are more than was asked for.
+    """
 
     items: list[Item]
     last_position: int | None
     complete: bool = True
     summary: Summary | None = None
+    over_budget: bool = False
+
+    def messages(self) -> list[Message]:
+        """The summary and the items as chat-completions messages, see `buffer.model.messages`."""
+        return to_messages(self.items, self.summary.text if self.summary else None)
 
 
 @dataclass(slots=True, frozen=True)
