@@ -24,7 +24,8 @@ from buffer.read.reader import Reader
 from buffer.settings import Settings
 from buffer.store.items import ItemReader
 from buffer.store.migrate import Migration, check_schema, migrate
-from buffer.store.paths import Mode, PathStore
+from buffer.store.path_moves import PathMoves
+from buffer.store.paths import Mode
 from buffer.store.pool import Database
 from buffer.store.shards import ShardStore, application_name
 from buffer.stream.client import RedisClient
@@ -87,7 +88,7 @@ class Runtime:
             acquire_seconds=_PATH_ACQUIRE_SECONDS,
         )
         self.store = ShardStore(self.database)
-        self.paths = PathStore(self._path_database)
+        self.paths = PathMoves(self._path_database)
         self.calls = Calls(self.client.link(lambda: self.member.run_id))
         self.shards = Shards(self.calls, settings.key_prefix, settings.shards, self.flusher_id)
         self.marks = Marks(self.client, self.shards)
@@ -189,7 +190,7 @@ class Runtime:
 
     def _grants(self, expected: Callable[[], str | None]) -> Grants:
         """The grants over a link of their own, whose limit lets a manager try more than once."""
-        link = self.client.link(expected, timeout_seconds=max(0.1, self.settings.redis_lost_seconds / 2))
+        link = self.client.link(expected, timeout_seconds=max(0.1, self.settings.redis_lost_seconds / 3))
         return Grants(link, self.shards.keys)
 
     async def flush(self) -> None:

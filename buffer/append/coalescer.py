@@ -22,6 +22,7 @@ from typing import Any
 
 import anyio
 
+from buffer.append.answers import count, is_taken, retain
 from buffer.append.capacity import Capacity
 from buffer.append.direct import Direct, Outcome
 from buffer.append.operation import Answer, Operation
@@ -29,7 +30,6 @@ from buffer.append.packing import append_call
 from buffer.errors import BufferError, OutcomeUnknown, Overloaded, RedisUnavailable
 from buffer.metrics import Metrics
 from buffer.path.member import Member
-from buffer.path.retention import OVERHEAD_BYTES
 from buffer.settings import Settings
 from buffer.store.pool import Database
 from buffer.stream.keys import ShardKeys
@@ -44,9 +44,6 @@ _DEPTH = 2
 # What waits for something to pass is tried again this often, and expires this late at the most.
 _SWEEP_SECONDS = 0.05
 
-_DIGITS = b"0123456789"
-_DUPLICATE = ord("d")
-_TAKEN = b"0123456789d"
 
 # One script call: its shard, the epoch that it names, and its operations.
 Call = tuple[int, int, list[Operation]]
@@ -304,7 +301,7 @@ class Coalescer:
         self._answered += len(operations)
         self.operations -= len(operations)
         self.bytes -= nbytes
-        self._count(operations, answers)
+        count(self._metrics, operations, answers)
 
     def _hold_back(
         self, operations: list[Operation], answers: list[bytes]
@@ -312,7 +309,7 @@ class Coalescer:
         """What Redis took, and too few replicas have, is sent again; the rest has its answer."""
         rest = []
         for operation, answer in zip(operations, answers, strict=True):
-            if answer[0] in _TAKEN:
+            if is_taken(answer):
                 operation.in_flight = False
                 operation.maybe_stored = True
                 operation.reached = "buffered"
@@ -321,16 +318,6 @@ class Coalescer:
             else:
                 rest.append((operation, answer))
         return [operation for operation, _ in rest], [answer for _, answer in rest]
-
-    def _count(self, operations: list[Operation], answers: list[bytes]) -> None:
-        acked: dict[str, int] = {}
-        for operation, answer in zip(operations, answers, strict=True):
-            if answer[0] in _DIGITS:
-                acked[operation.level] = acked.get(operation.level, 0) + len(operation.ids)
-            elif answer[0] == _DUPLICATE:
-                self._metrics.appends.inc(("stream", operation.level, "duplicate"), len(operation.ids))
-        for level, items in acked.items():
-            self._metrics.appends.inc(("stream", level, "acked"), items)
 
     def _not_run(self, shard: int, epoch: int, operations: list[Operation], error: BufferError) -> None:
         """Redis took nothing of this call. What passes is tried again until the callers give up."""
@@ -347,26 +334,7 @@ class Coalescer:
                 self._parked[operation] = None
 
     def _retain(self, shard: int, epoch: int, operations: list[Operation], answers: list[bytes]) -> None:
-        """Keep what is acked; repeats, too: whoever acked them first may be dead."""
-        retention = self._member.retention
-        kept = retention.epoch(shard, epoch)
-        nbytes = turns = 0
-        for operation, answer in zip(operations, answers, strict=True):
-            if answer[0] in _DIGITS:
-                count, sequence = len(operation.ids), int(answer)
-                held = operation.nbytes + count * OVERHEAD_BYTES
-                if served := kept.get(sequence):  # a reader was faster
-                    nbytes -= served[0]
-                    turns -= served[1]
-                kept[sequence] = (held, count, operation.arguments)
-                nbytes += held
-                turns += count
-            elif answer[0] == _DUPLICATE:
-                for index, sequence in enumerate(map(int, answer[1:].split(b","))):
-                    arguments = operation.arguments[4 * index : 4 * index + 4]
-                    retention.keep(shard, epoch, sequence, 1, arguments, len(arguments[3]))
-        retention.bytes += nbytes
-        retention.turns += turns
+        retain(self._member.retention, shard, epoch, operations, answers)
 
     def _not_an_ack(self, operations: list[Operation]) -> None:
         """The answer came after its epoch ended here, or too late: it is asked for again, by id."""

@@ -34,7 +34,7 @@ from buffer.policy.backoff import full_jitter
 from buffer.policy.triggers import Triggers, fetch_count
 from buffer.settings import Settings
 from buffer.store.ledger import LossLedger
-from buffer.store.paths import PathStore
+from buffer.store.path_moves import PathMoves
 from buffer.store.pool import Database
 from buffer.store.shards import Owned, ShardStore
 from buffer.stream.client import RedisClient
@@ -64,7 +64,7 @@ class Flusher:
         client: RedisClient,
         shards: Shards,
         database: Database,
-        paths: PathStore,
+        paths: PathMoves,
         make_grants: Callable[[Callable[[], str | None]], Grants],
         metrics: Metrics,
         flusher_id: str,

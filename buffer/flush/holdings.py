@@ -17,7 +17,7 @@ import anyio
 from buffer.errors import BufferError, RedisUnavailable
 from buffer.metrics import Metrics
 from buffer.model.position import epoch_of, sequence_of
-from buffer.store.paths import PathStore
+from buffer.store.path_moves import PathMoves
 from buffer.store.shards import Owned, ShardStore
 from buffer.stream.shards import Backlog, Shards
 
@@ -59,7 +59,7 @@ class Holdings:
         lease_seconds: float,
         shards: Shards,
         store: ShardStore,
-        paths: PathStore,
+        paths: PathMoves,
         metrics: Metrics,
         cut_off: Callable[[], bool],
     ) -> None:

@@ -19,8 +19,10 @@ from buffer.errors import BufferError, RedisUnavailable
 from buffer.model.position import pack
 from buffer.model.record import UnknownRecordFormat
 from buffer.path.retention import placed
+from buffer.policy.watched import Watched
 from buffer.settings import Settings
-from buffer.store.paths import Judgement, Look, ManagedPath, Mode, PathStore, Process, Went
+from buffer.store.path_moves import Judgement, Look, ManagedPath, PathMoves, Process, Went
+from buffer.store.paths import Mode
 from buffer.store.placing import Placed
 from buffer.stream.grants import Fence, Grants, Standing
 from buffer.stream.link import LinkLost, WrongServer
@@ -44,35 +46,13 @@ _SOON_SECONDS = 0.03
 _SALVAGE_CHUNK = 1_000
 
 
-class Watched:
-    """How long counters stood still, by this process's own clock, while it could see them."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, float]] = {}
-
-    def see(self, counters: dict[str, int], now: float) -> None:
-        """Note what each counter is."""
-        self._seen = {
-            name: self._seen[name] if self._seen.get(name, (None,))[0] == count else (count, now)
-            for name, count in counters.items()
-        }
-
-    def silent(self, seconds: float, now: float) -> dict[str, int]:
-        """Those that stood still for longer, with their count."""
-        return {name: count for name, (count, since) in self._seen.items() if now - since > seconds}
-
-    def forget(self) -> None:
-        """Begin anew: what happened in between is not known."""
-        self._seen.clear()
-
-
 class Manager:
     """The manager of one flusher."""
 
     def __init__(
         self,
         settings: Settings,
-        store: PathStore,
+        store: PathMoves,
         make_grants: Callable[[Callable[[], str | None]], Grants],
         name: str,
         on_change: Callable[[], None],
@@ -100,6 +80,7 @@ class Manager:
         self._modes: dict[int, tuple[int, Mode]] = {}
         self._ahead: dict[int, tuple[int, int | None]] = {}
         self._lost: dict[tuple[int, int], str] = {}
+        self._last: dict[int, int] = {}  # shard to the last position that Redis was seen to have given out
         self._running = anyio.CancelScope()
         self._ended = asyncio.Event()
         self.cut_off = False  # this manager cannot reach Redis, and others can
@@ -241,7 +222,7 @@ class Manager:
                 limit = self._settings.redis_lost_seconds
                 await self._close(paths, f"no answer for {limit:g} s ({error})", unless_seen_seconds=limit)
             return
-        self._redis_seen_at, self._redis_seen, self.cut_off = time.monotonic(), True, False
+        self._note_seen(paths, standing)
         ungranted = [
             (path, stands) for path, stands in zip(paths, standing, strict=True) if stands.epoch != path.epoch
         ]
@@ -262,6 +243,12 @@ class Manager:
             await self._make_known(paths)
             await self._put_out_silent(paths)
 
+    def _note_seen(self, paths: list[ManagedPath], standing: list[Standing]) -> None:
+        self._redis_seen_at, self._redis_seen, self.cut_off = time.monotonic(), True, False
+        for path, stands in zip(paths, standing, strict=True):
+            if stands.epoch == path.epoch and stands.last >= 0:
+                self._last[path.shard] = pack(path.epoch, stands.last)
+
     async def _close(
         self, paths: list[ManagedPath], why: str, *, unless_seen_seconds: float | None = None
     ) -> None:
@@ -269,6 +256,7 @@ class Manager:
             self._name,
             {path.shard: path.epoch for path in paths},
             why,
+            last=self._last,
             unless_seen_seconds=unless_seen_seconds,
         )
         self._look = None

@@ -149,7 +149,7 @@ class Member:
         Raises:
             PostgresUnavailable: not now.
         """
-        await self._store.close(self.process, {shard: epoch}, why, unless_seen_seconds=None)
+        await self._store.close(self.process, {shard: epoch}, why)
         self.suspect()
 
     def refused(self, shard: int, epoch: int) -> None:

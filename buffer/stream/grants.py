@@ -16,11 +16,15 @@ from buffer.stream.shards import RawEntry, checked
 
 
 class Standing(NamedTuple):
-    """What stands in a shard: the epoch of a grant and its mark, or a fence, or neither."""
+    """What stands in a shard: the epoch of a grant, or a fence, or neither.
+
+    ``mark`` and ``last`` are the flushed-through and the last sequence of that epoch.
+    """
 
     epoch: int | None
     fence: str | None
     mark: int
+    last: int
 
 
 class Fence(NamedTuple):
@@ -49,11 +53,19 @@ class Grants:
     async def probe(self, shards: Sequence[int]) -> list[Standing]:
         """What stands in each shard."""
         replies = await self._call(
-            *((b"HMGET", self._keys[s].shard, b"epoch", b"fence", b"mark") for s in shards)
+            *((b"HMGET", self._keys[s].shard, b"epoch", b"fence", b"mark") for s in shards),
+            *((b"XLEN", self._keys[s].stream) for s in shards),
         )
         return [
-            Standing(int(epoch) if epoch else None, fence.decode() if fence else None, int(mark or -1))
-            for epoch, fence, mark in replies
+            Standing(
+                int(epoch) if epoch else None,
+                fence.decode() if fence else None,
+                int(mark or -1),
+                int(mark or -1) + length,
+            )
+            for (epoch, fence, mark), length in zip(
+                replies[: len(shards)], replies[len(shards) :], strict=True
+            )
         ]
 
     async def fence(self, shard: int, epoch: int, nonce: str) -> Fence:

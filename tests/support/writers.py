@@ -157,6 +157,7 @@ class Writers:
         await eventually(lambda: all(recent()), seconds=start_seconds)
         with contextlib.suppress(AssertionError):
             await eventually(lambda: sum(recent()) >= PACE, seconds=PACE_SECONDS, every_seconds=0.1)
+        recent()  # a process that has ended is no matter of pace
 
     async def acking(
         self, path: str, names: Collection[str] = (), *, since: float | None = None, seconds: float = 15.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.path.manager import Watched
+from buffer.policy.watched import Watched
 
 TIMEOUT = 5.0
 

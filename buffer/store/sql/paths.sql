@@ -101,11 +101,11 @@ select exists (
 )
 
 -- name: close
--- $1 shards, $2 the epochs that were seen
+-- $1 shards, $2 the epochs that were seen, $3 the last positions that are known to have been given out
 update buffer.shards s
 set path_epoch = s.path_epoch + 1, mode = 'closing', placed_turns = 0,
-    last_seen = greatest(s.flushed_through, (s.path_epoch << 40) - 1)
-from unnest($1::int[], $2::bigint[]) as seen (shard, path_epoch)
+    last_seen = greatest(s.flushed_through, (s.path_epoch << 40) - 1, seen.last)
+from unnest($1::int[], $2::bigint[], $3::bigint[]) as seen (shard, path_epoch, last)
 where s.shard = seen.shard and s.path_epoch = seen.path_epoch and s.mode = 'stream'
 returning s.shard
 
