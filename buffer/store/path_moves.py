@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from buffer.model.position import pack
 from buffer.store import queries
-from buffer.store.paths import Mode, PathStore, bring, lock
+from buffer.store.paths import RESTORED, Mode, PathStore, bring, lock
 from buffer.store.placing import Placed
 from buffer.store.pool import Connection, translated
 
@@ -258,7 +258,7 @@ class PathMoves(PathStore):
                 first, last = pack(epoch, 0), pack(epoch, mark)
                 await connection.execute(_SQL["add_loss"], shard, "postgres", mark + 1, first, last, detail)
             await connection.execute(_SQL["catch_up"], shard, epoch, run_id)
-            await connection.execute(_SQL["add_missing"], shard, "a restored Postgres")
+            await connection.execute(_SQL["add_missing"], shard, RESTORED)
         return True
 
 

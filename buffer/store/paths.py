@@ -21,6 +21,8 @@ Mode = Literal["stream", "closing", "direct"]
 _CHUNK_ROWS = 2_000
 _CHUNK_BYTES = 8 << 20
 
+# Who is missing where Postgres was restored, or rolled back: whoever it does not know any more.
+RESTORED = "a restored Postgres"
 _WRITTEN_OFF = "its process was written off before it came back; reads were complete without it"
 
 
@@ -124,9 +126,8 @@ class PathStore:
             rows = await lock(connection, seen)
             confirmed = await connection.fetchval(_SQL["registration"], process) or [None] * shards
             with translated():
-                missing = {
-                    r["shard"] for r in await connection.fetch(_SQL["missing_in"], process, list(seen))
-                }
+                names = [process, RESTORED]
+                missing = {r["shard"] for r in await connection.fetch(_SQL["missing_in"], names, list(seen))}
             registered = set()
             for shard, row in rows.items():
                 if (row.epoch, row.mode) != (seen[shard].epoch, seen[shard].mode) or confirmed[

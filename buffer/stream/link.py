@@ -69,7 +69,8 @@ class Link:
     @property
     def connected(self) -> bool:
         """Whether there is a connection, as far as is known."""
-        return self._connection is not None and self._connection.is_connected
+        connection = self._connection
+        return connection is not None and connection.is_connected and not _writer(connection).is_closing()
 
     async def round_trip(self, commands: Sequence[Command]) -> list[Any]:
         """Send all commands, return all replies; an error reply is returned as a `ResponseError`.
@@ -90,8 +91,10 @@ class Link:
         sent = False
         try:
             async with asyncio.timeout(self._timeout_seconds):
+                # Checked in the event-loop turn of the write: `writelines` on a transport that is gone leaves
+                # its number in the selector, for whichever socket gets it next (CPython 3.12, 3.13).
                 connection = self._connection
-                if connection is None or not connection.is_connected:
+                if connection is None or not self.connected:
                     connection = await self._connect()
                 await self._check_server()
                 packed = [hiredis.pack_command(self._words(command)) for command in commands]
@@ -177,8 +180,8 @@ class Link:
 
     def abort(self) -> None:
         """Drop the connection at once: whoever waits for a reply gets `LinkLost`."""
-        if self._connection is not None and self._connection._writer is not None:  # noqa: SLF001 - no other way
-            self._connection._writer.transport.abort()  # noqa: SLF001
+        if self._connection is not None and self._connection.is_connected:
+            _writer(self._connection).transport.abort()
 
     async def close(self) -> None:
         """Drop the connection; the next send makes a new one."""
@@ -186,6 +189,11 @@ class Link:
         self._loaded.clear()
         if connection is not None:
             await connection.disconnect(nowait=True)
+
+
+def _writer(connection: AbstractConnection) -> asyncio.StreamWriter:
+    """The stream below the driver, which does not say whether it is closing."""
+    return connection._writer  # type: ignore[return-value]  # noqa: SLF001
 
 
 def _run_id(info: bytes) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
-from buffer import Buffer, Settings
+from buffer import Buffer, OutcomeUnknown, Settings
 from buffer.app.conversation import Conversation
 from tests.support.paths import modes, on_path
 from tests.support.polling import eventually
@@ -157,3 +158,22 @@ async def test_repeat_of_what_is_flushed_is_not_retained_for_long(buffer: Buffer
     await conversation.append({"n": 1}, id="m-1", durability="stored")
     assert (await conversation.append({"n": 1}, id="m-1")).duplicate
     await _nothing_is_waiting(buffer)
+
+
+async def test_stored_is_not_claimed_for_an_item_that_stands_elsewhere(
+    settings: Settings, postgres: asyncpg.Connection
+) -> None:
+    """Its id was used anew meanwhile, with an equal body: where it was acked there is nothing."""
+    async with Buffer.connect(settings, flusher=True):
+        pass
+    async with Buffer.connect(settings) as buffer:
+        conversation, retention = buffer.conversation("c"), buffer.runtime.member.retention
+        append = asyncio.create_task(conversation.append({"n": 1}, id="m-1", durability="stored"))
+        await eventually(lambda: retention.turns)
+        row = ("default", "c", 7, "m-1", '{"n": 1}')
+        await postgres.execute("insert into buffer.items values ($1, $2, $3, $4, now(), $5)", *row)
+        await _close_path(buffer)
+        async with buffer.runtime.flushing():
+            with pytest.raises(OutcomeUnknown) as caught:
+                await append
+        assert (caught.value.ids, caught.value.level) == (["m-1"], "buffered")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -147,3 +148,18 @@ async def test_abort_ends_the_wait_for_a_reply(far: Far) -> None:
     assert time.monotonic() - began < 1
     far.proxy.resume()
     assert await far.link.round_trip([(b"ECHO", b"new")]) == [b"new"]
+
+
+async def test_send_in_the_turn_of_an_abort_leaves_nothing_behind(settings: Settings) -> None:
+    """A write to a transport that is gone would haunt the next socket of the same number."""
+    link = RedisClient(settings).link()
+    for _ in range(20):
+        assert await link.round_trip([PING]) == [b"PONG"]
+        link.abort()
+        assert not link.connected
+        assert await asyncio.wait_for(link.round_trip([PING]), 2) == [b"PONG"]
+    await link.close()
+    await asyncio.sleep(0)
+    selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    for key in list(selector.get_map().values()):
+        os.fstat(key.fd)  # raises for one that is closed

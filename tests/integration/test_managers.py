@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from buffer import Buffer, Settings
+from buffer.embedded import EmbeddedServers
 from buffer.flush.flusher import Flusher
 from tests.support.paths import on_path
 from tests.support.polling import eventually
@@ -135,3 +136,22 @@ async def test_hole_in_a_stream_closes_its_path_and_is_filled_from_what_is_retai
     (change,) = await postgres.fetch("select store, detail from buffer.incarnations")
     assert change["store"] == "redis"
     assert "2 entries" in change["detail"]
+
+
+async def test_redis_that_answers_not_now_is_lost_like_one_that_does_not_answer(
+    own_servers: EmbeddedServers, own_settings: Settings
+) -> None:
+    """It became a replica that waits for its primary: it talks, and serves nobody."""
+    quick = own_settings.model_copy(update={"redis_lost_seconds": 0.3})
+    async with (
+        Buffer.connect(quick, flusher=True) as buffer,
+        Redis.from_url(quick.redis_url, protocol=2) as redis,
+    ):
+        conversation = buffer.conversation("c")
+        await conversation.append({"n": 1})
+        await redis.config_set("replica-serve-stale-data", "no")
+        await redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+        assert (await conversation.append({"n": 2})).path == "direct"
+        await redis.execute_command("REPLICAOF", "NO", "ONE")
+        await on_path(buffer, "stream")
+        assert [item["n"] for item in (await conversation.items()).items] == [1, 2]

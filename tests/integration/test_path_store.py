@@ -199,6 +199,20 @@ async def test_judgement_that_does_not_hold_any_more_changes_nothing(path: Path)
     assert await path.confirmed() == [1] * SHARDS
 
 
+async def test_giving_up_on_a_process_overwrites_nothing_that_it_confirmed_elsewhere(path: Path) -> None:
+    """Shards may be in different modes: what is said of one leaves the others alone."""
+    await path.store.close("m", {0: STREAM}, "why")
+    judgement = await path.judgement("p")
+    transaction = path.postgres.transaction()
+    await transaction.start()
+    await path.postgres.execute("update buffer.processes set confirmed[2] = 9 where process = 'p'")
+    opening = asyncio.create_task(path.store.open_direct(judgement, {0: STREAM + 1}))
+    await _waits(path, 1)
+    await transaction.commit()
+    assert (await opening)[0] == {0}
+    assert await path.confirmed() == [None, 9, 1, 1]
+
+
 # --- leaving
 
 
@@ -264,6 +278,17 @@ async def test_registration_by_an_older_look_does_nothing(path: Path) -> None:
     assert await path.states() == {(STREAM + 1, "direct", False)}
 
 
+async def test_process_that_a_restored_postgres_does_not_know_brings_what_it_holds(path: Path) -> None:
+    """Nobody wrote it off: Redis tells of an epoch that this Postgres has never heard of."""
+    await path.postgres.execute("delete from buffer.processes")
+    assert await path.store.catch_up(0, STREAM, 6, -1, "run")
+    assert (7, "closing", False) in await path.states()
+    await path.register("p", {0: acked(0, 1, epoch=6)})
+    assert await path.items() == ["m-6-0", "m-6-1"]
+    assert await path.letters() == []
+    assert (7, "closing", False) in await path.states(), "what Redis holds is still to be salvaged"
+
+
 # --- the return
 
 
@@ -298,9 +323,8 @@ async def test_flusher_renews_and_hands_back_in_the_order_in_which_others_lock(p
     shards = ShardStore(path.database)
     await shards.hold("f", 5.0, SHARDS)
     for change in (lambda: shards.hold("f", 5.0, SHARDS), lambda: shards.release("f", list(ALL))):
-        await path.postgres.execute("update buffer.shards set flushed_turns = 0 where shard = 0")
-        order = [row["shard"] for row in await path.postgres.fetch("select shard from buffer.shards")]
-        assert order[0] != 0, "row 0 stands behind others now"
+        while await path.postgres.fetchval("select shard from buffer.shards") == 0:  # comes first
+            await path.postgres.execute("update buffer.shards set flushed_turns = 0 where shard = 0")
         transaction = path.postgres.transaction()
         await transaction.start()
         await path.postgres.execute("select from buffer.shards where shard = 0 for update")

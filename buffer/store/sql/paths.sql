@@ -30,8 +30,8 @@ on conflict (process) do update
 set confirmed = excluded.confirmed, beats = processes.beats + 1, heartbeat_at = now()
 
 -- name: missing_in
--- $1 process, $2 shards
-select shard from buffer.missing where process = $1 and shard = any($2::int[])
+-- $1 names under which a process may be missing, $2 shards
+select shard from buffer.missing where process = any($1::text[]) and shard = any($2::int[])
 
 -- name: found
 -- $1 process, $2 shards
@@ -120,11 +120,13 @@ where shard = $1
 update buffer.shards set flushed_through = $2 where shard = $1
 
 -- name: late
--- Who is registered, and has not confirmed. $1 shards
+-- Who is registered, and has not confirmed. Locked, since what it confirmed elsewhere is written back.
+-- $1 shards
 select s.shard, p.process, p.beats, p.confirmed
 from buffer.shards s join buffer.processes p on p.confirmed[s.shard + 1] < s.path_epoch
 where s.shard = any($1::int[])
 order by s.shard, p.process
+for update of p
 
 -- name: set_confirmed
 -- $1 process, $2 confirmed
