@@ -51,21 +51,22 @@ class Grants:
         return [checked(reply) for reply in await self._link.round_trip(commands)]
 
     async def probe(self, shards: Sequence[int]) -> list[Standing]:
-        """What stands in each shard."""
+        """What stands in each shard.
+
+        Raises:
+            RedisUnavailable: no answer, or the server takes no writes.
+        """
         replies = await self._call(
-            *((b"HMGET", self._keys[s].shard, b"epoch", b"fence", b"mark") for s in shards),
-            *((b"XLEN", self._keys[s].stream) for s in shards),
+            *(script_call(scripts.PROBE, (self._keys[s].stream, self._keys[s].shard), ()) for s in shards)
         )
         return [
             Standing(
                 int(epoch) if epoch else None,
                 fence.decode() if fence else None,
-                int(mark or -1),
-                int(mark or -1) + length,
+                int(mark),
+                int(mark) + entries,
             )
-            for (epoch, fence, mark), length in zip(
-                replies[: len(shards)], replies[len(shards) :], strict=True
-            )
+            for epoch, fence, mark, entries in replies
         ]
 
     async def fence(self, shard: int, epoch: int, nonce: str) -> Fence:

@@ -8,6 +8,7 @@ import time
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from buffer import Buffer, Overloaded, Settings, Unavailable
 from buffer.app.runtime import migrate_database
@@ -114,3 +115,27 @@ async def _assert_stored(settings: Settings, ledger: Ledger) -> None:
         assert await postgres.fetchval("select count(*) from buffer.losses") == 0
     finally:
         await postgres.close()
+
+
+async def test_redis_that_takes_no_writes_is_lost_and_comes_back(
+    own_servers: EmbeddedServers, own_settings: Settings
+) -> None:
+    """NOREPLICAS, as of a primary that is alone: appends go to Postgres, and back when it takes them."""
+    settings = own_settings.model_copy(update={"redis_lost_seconds": 0.3})
+    ledger = Ledger()
+    async with (
+        Redis.from_url(settings.redis_url) as admin,
+        Buffer.connect(settings, flusher=True) as buffer,
+    ):
+        conversation = buffer.conversation("c")
+        for replicas, path in (("0", "stream"), ("1", "direct"), ("0", "stream")):
+            await admin.config_set("min-replicas-to-write", replicas)
+            await on_path(buffer, path)
+            for number in range(3):
+                body = {"path": path, "n": number, "at": ledger.items}
+                receipt = await conversation.append(body)
+                assert receipt.path == path
+                ledger.ack("c", receipt, body)
+        assert not ledger.faults(await in_reads(buffer, ["c"]))
+        await buffer.flush()
+    await _assert_stored(settings, ledger)
