@@ -51,7 +51,8 @@ async def _fill(buffer: Buffer, ledger: Ledger, writer: int) -> Overloaded:
 @pytest.mark.parametrize("mark", _MARKS)
 async def test_what_does_not_fit_is_refused_and_what_was_acked_is_kept(mark: str) -> None:
     """With Postgres stopped: an error that names the limit and says when; later all drains."""
-    small = {"maxmemory": "16mb"}
+    # The share is looked at four times a second: so much room that it is not missed.
+    small = {"maxmemory": "64mb" if mark == "share of maxmemory" else "16mb"}
     async with EmbeddedServers.start(redis_binary=REDIS_BINARY, redis_config=small) as servers:
         settings = settings_for(servers, **_MARKS[mark])
         await migrate_database(settings)
