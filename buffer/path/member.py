@@ -333,9 +333,7 @@ class Member:
                 if time.monotonic() - looked_at > _MARKS_SECONDS:
                     looked_at = time.monotonic()
                     await self._look_at_marks()
-            except Refused:
-                self.suspect()
-            except LinkLost:
+            except (Refused, LinkLost):
                 self.suspect()
             except BufferError as error:
                 _log.debug("no marks: %s", error)
@@ -344,8 +342,11 @@ class Member:
         """Pub/sub may miss some, and who does not append gets none with its answers."""
         shards = [s for s in self.retention.shards() if self.states[s].mode == "stream"]
         if shards:
-            for shard, mark in zip(shards, await self._shards.marks(shards), strict=True):
-                self._marks.update(shard, *mark)
+            await self._read_marks(shards)
+
+    async def _read_marks(self, shards: list[int]) -> None:
+        for shard, mark in zip(shards, await self._shards.marks(shards), strict=True):
+            self._marks.update(shard, *mark)
 
     async def _ask_if_needed(self) -> None:
         """No heartbeat came through for a while: is Postgres away for those who judge, too?"""
@@ -393,8 +394,7 @@ class Member:
         try:
             while (shards := self.retention.shards()) and time.monotonic() < deadline:
                 await self._shards.nudge(*shards)
-                for shard, mark in zip(shards, await self._shards.marks(shards), strict=True):
-                    self._marks.update(shard, *mark)
+                await self._read_marks(shards)
                 await asyncio.sleep(0.02)
         except (RedisUnavailable, Unavailable) as error:
             _log.debug("no last flush: %s", error)
