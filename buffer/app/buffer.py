@@ -13,7 +13,9 @@ from buffer.app.conversation import Conversation
 from buffer.app.runtime import Runtime, migrate_database
 from buffer.errors import BufferError
 from buffer.model.ids import check_id, make_conversation_id
+from buffer.model.types import Erased
 from buffer.settings import Settings
+from buffer.store.removals import erasable_conversations
 
 Opener = Callable[[], AbstractAsyncContextManager[Runtime]]
 
@@ -141,6 +143,20 @@ class Buffer:
             make_conversation_id() if conversation is None else check_id(conversation, "conversation"),
             user if user is None else check_id(user, "user"),
         )
+
+    async def delete_user(self, user: str, *, tenant: str = "default") -> list[Erased]:
+        """Erase every conversation of a user; what was erased. New ones that begin meanwhile stay.
+
+        Raises:
+            Unavailable, OutcomeUnknown: a part may be erased; try again, which goes on with the rest.
+        """
+        check_id(user, "user")
+        await self.flush()  # a conversation is known to be the user's once its first item is flushed
+        erased: list[Erased] = []
+        async for page in erasable_conversations(self.runtime.database, check_id(tenant, "tenant"), user):
+            conversations = [self.conversation(conversation, tenant=tenant) for conversation in page]
+            erased += await asyncio.gather(*(conversation.delete() for conversation in conversations))
+        return erased
 
     async def flush(self) -> None:
         """Return once everything that was acked before is in Postgres."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from buffer.append.appender import Target
-from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown
+from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown, PreconditionFailed, Unavailable
 from buffer.model.ids import check_id
 from buffer.model.position import MAX_POSITION
-from buffer.model.types import Context, Level, Page, Receipt
+from buffer.model.record import DELETE, ERASE
+from buffer.model.types import Context, Erased, Item, Level, Page, Receipt
 from buffer.policy.budget import TokenCounter, estimate_tokens, is_system, select
 
 if TYPE_CHECKING:
@@ -120,8 +122,7 @@ class Conversation:
             items = [*(item for item in first.items if is_system(item)), *items]
         kept = select(items, turns=turns, tokens=tokens, count=count, pin_system=pin_system)
         chosen = [*items[: kept.pinned], *items[kept.first :]]
-        last = read.items[-1].position if read.items else None
-        return Context(chosen, last, complete, over_budget=kept.over)
+        return Context(chosen, read.last_position, complete, over_budget=kept.over)
 
     async def items(
         self,
@@ -152,6 +153,68 @@ class Conversation:
         read = self._runtime.reader.oldest if from_oldest else self._runtime.reader.newest
         part = await read(self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high)
         return Page(part.items if order == "asc" else part.items[::-1], part.more, part.complete)
+
+    async def delete_item(self, item_id: str, *, timeout: float | None = None) -> None:
+        """Delete one item, flushed or not; its id is not used again within the conversation.
+
+        On return Postgres has the deletion, and nothing serves the item or stores it again.
+
+        Raises:
+            NotFound: there is no such item.
+            Unavailable: nothing was deleted; try again after ``retry_after`` seconds.
+            OutcomeUnknown: it may be deleted; try again, `NotFound` says that it is.
+        """
+        position = await self._position(item_id, "item_id")
+        await self._remove(DELETE, item_id, position, None, timeout)
+
+    async def pop(self, *, timeout: float | None = None) -> Item | None:
+        """Delete the latest item and return it; None if there is none.
+
+        Of concurrent calls, each gets another item. An item that is appended meanwhile is the latest then.
+
+        Raises:
+            Unavailable: nothing was deleted, or the latest item cannot be told.
+            OutcomeUnknown: the item whose id it names may be deleted.
+        """
+        limit = self._runtime.settings.append_timeout_seconds if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while True:
+            read = await self._runtime.reader.newest(self.tenant, self.id, 1)
+            if not read.items:
+                if not read.complete:
+                    raise Unavailable("a part of the conversation cannot be reached", retry_after=1.0)
+                return None
+            (latest,) = read.items
+            try:
+                await self._remove(DELETE, latest.id, latest.position, read.last_position, timeout)
+            except PreconditionFailed:
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"others changed it all the time, for {limit:g} s") from None
+                continue
+            return latest
+
+    async def delete(self, *, timeout: float | None = None) -> Erased:
+        """Erase the conversation: items, removed items, summaries, dead letters, metadata.
+
+        It covers every position up to the one in its receipt, and leaves a tombstone without content. On
+        return no copy is served or stored again. A later append starts the conversation anew.
+
+        Raises:
+            Unavailable: nothing was erased; try again after ``retry_after`` seconds.
+            OutcomeUnknown: it may be erased, or may become so; try again.
+        """
+        receipt = await self._remove(ERASE, self.id, None, None, timeout)
+        return Erased(self.id, receipt.position)
+
+    async def _remove(
+        self, kind: str, item_id: str, position: int | None, expected: int | None, timeout: float | None
+    ) -> Receipt:
+        try:
+            return await self._runtime.appender.remove(
+                self._target, kind, item_id, position, expected=expected, timeout=timeout
+            )
+        except OutcomeUnknown as error:
+            raise OutcomeUnknown(str(error), ids=[item_id], level=error.level) from error
 
     async def flushed(self, receipt: Receipt, *, timeout: float | None = None) -> None:
         """Return once the receipt's item is committed in Postgres; asks for a flush.

@@ -24,9 +24,9 @@ from buffer.errors import (
 )
 from buffer.metrics import Metrics
 from buffer.model.codec import body_digest, encode_item
-from buffer.model.ids import check_id, conversation_key, id_digest, make_item_id, shard_of
+from buffer.model.ids import check_id, conversation_key, id_digest, make_item_id, shard_of, uuid7_hex
 from buffer.model.position import MAX_POSITION, epoch_of, pack
-from buffer.model.record import encode_header
+from buffer.model.record import ITEM, encode_header
 from buffer.model.types import Level, Receipt
 from buffer.path.member import Member
 from buffer.settings import MOST_BATCH_ITEMS, Settings
@@ -95,15 +95,7 @@ class Appender:
             if durability != "buffered" or if_match is not None:
                 _check_options(durability, if_match)
             operation = self._operation(target, items, ids, durability, if_match, replace_after, timeout)
-            coalescer = self._replicated if durability == "replicated" else self._coalescer
-            epoch, answer = await coalescer.submit(operation)
-            while answer == b"l":
-                # The ids are looked for once more: an earlier attempt may be what Postgres found last.
-                if operation.mismatch is not None:
-                    raise _precondition(operation, operation.mismatch)
-                operation = await self._confirm_last(target, epoch, operation)
-                epoch, answer = await coalescer.submit(operation)
-            receipts = answer if isinstance(answer, list) else _receipts(operation, epoch, answer)
+            receipts = await self._taken(target, operation)
             if durability == "replicated" and receipts[0].level == "buffered":
                 receipts = [structs.replace(receipt, level="replicated") for receipt in receipts]
             if durability == "stored" and receipts[0].level != "stored":
@@ -112,6 +104,67 @@ class Appender:
             self._metrics.append_failed(durability, error)
             raise
         return receipts
+
+    async def remove(
+        self,
+        target: Target,
+        kind: str,
+        item_id: str,
+        position: int | None,
+        *,
+        expected: int | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Delete the item at ``position``, or erase everything so far; it is in Postgres on return.
+
+        Args:
+            target: the conversation.
+            kind: `buffer.model.record.DELETE` or ``ERASE``.
+            item_id: of the item; for an erasure anything.
+            position: of the item; for an erasure None.
+            expected: the conversation's last position, or None for any.
+            timeout: in seconds.
+
+        Raises:
+            PreconditionFailed: ``expected`` is not the last position; nothing was removed.
+            Unavailable: nothing was removed.
+            OutcomeUnknown: it may be removed, or may become so.
+        """
+        operation_id = f"{kind}_{uuid7_hex()}"
+        header = encode_header(
+            target.key, item_id, target.user, time.time_ns() // 1_000_000, position, False, kind
+        )
+        operation = Operation(
+            target.shard,
+            target.key_bytes,
+            [operation_id],
+            [id_digest(target.key, operation_id), bytes(8), header, b""],
+            0,
+            expected,
+            "stored",
+            self._settings.append_timeout_seconds if timeout is None else timeout,
+            self._loop.time(),
+            self._loop.create_future(),
+            fresh=True,
+            kind=kind,
+        )
+        await self._items.check_reachable()
+        receipts = await self._taken(target, operation)
+        if receipts[0].level != "stored":
+            receipts = await self._stored(operation, receipts)
+        return receipts[0]
+
+    async def _taken(self, target: Target, operation: Operation) -> list[Receipt]:
+        """The receipts, once a store took the operation."""
+        coalescer = self._replicated if operation.level == "replicated" else self._coalescer
+        epoch, answer = await coalescer.submit(operation)
+        while answer == b"l":
+            # The ids are looked for once more: an earlier attempt may be what Postgres found last.
+            if operation.mismatch is not None:
+                raise _precondition(operation, operation.mismatch)
+            operation = await self._confirm_last(target, epoch, operation)
+            epoch, answer = await coalescer.submit(operation)
+        return answer if isinstance(answer, list) else _receipts(operation, epoch, answer)
 
     def _operation(
         self,
@@ -201,6 +254,8 @@ class Appender:
         if state.at(epoch_of(receipts[-1].position), "stream"):
             return True
         tenant, conversation = operation.conversation.decode().split("/")
+        if operation.kind != ITEM:
+            return await self._items.was_removed(tenant, conversation, receipts[-1].position)
         stored = await self._items.positions(tenant, conversation, operation.ids)
         return all(receipt.id in stored and stored[receipt.id][0] == receipt.position for receipt in receipts)
 

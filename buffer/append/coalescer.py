@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
@@ -43,6 +43,7 @@ _MOST_BYTES = 4 << 20
 _DEPTH = 2
 # What waits for something to pass is tried again this often, and expires this late at the most.
 _SWEEP_SECONDS = 0.05
+_WAIT = b"w"
 
 
 # One script call: its shard, the epoch that it names, and its operations.
@@ -278,7 +279,7 @@ class Coalescer:
         self, shard: int, epoch: int, operations: list[Operation], reply: Any, *, replicated: bool = True
     ) -> None:
         try:
-            mark, _, *answers = checked(reply)
+            mark, *answers = checked(reply)
         except BufferError as error:
             self._not_run(shard, epoch, operations, error)
             return
@@ -288,7 +289,13 @@ class Coalescer:
             return
         self._retain(shard, epoch, operations, answers)
         if not replicated:
-            operations, answers = self._hold_back(operations, answers)
+            operations, answers = self._hold_back(
+                operations, answers, is_taken, "too few replicas have confirmed"
+            )
+        if _WAIT in answers:
+            operations, answers = self._hold_back(
+                operations, answers, _WAIT.__eq__, "an erasure of the conversation is not flushed yet"
+            )
         now = self._loop.time()
         observe = self._metrics.append_seconds.observe
         nbytes = 0
@@ -304,16 +311,21 @@ class Coalescer:
         count(self._metrics, operations, answers)
 
     def _hold_back(
-        self, operations: list[Operation], answers: list[bytes]
+        self,
+        operations: list[Operation],
+        answers: list[bytes],
+        which: Callable[[bytes], bool],
+        trouble: str,
     ) -> tuple[list[Operation], list[bytes]]:
-        """What Redis took, and too few replicas have, is sent again; the rest has its answer."""
+        """What Redis took and too few replicas have, or what must wait, is sent again; the rest is left."""
         rest = []
         for operation, answer in zip(operations, answers, strict=True):
-            if is_taken(answer):
+            if which(answer):
                 operation.in_flight = False
-                operation.maybe_stored = True
-                operation.reached = "buffered"
-                operation.trouble = "too few replicas have confirmed"
+                operation.trouble = trouble
+                if is_taken(answer):
+                    operation.maybe_stored = True
+                    operation.reached = "buffered"
                 self._parked[operation] = None
             else:
                 rest.append((operation, answer))

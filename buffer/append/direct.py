@@ -23,6 +23,7 @@ from buffer.errors import (
 )
 from buffer.model.codec import equal_as_json
 from buffer.model.position import pack
+from buffer.model.record import ERASE
 from buffer.model.types import Receipt
 from buffer.path.member import Member
 from buffer.path.retention import placed
@@ -160,7 +161,7 @@ class Direct:
             outcomes = [(operation, writing.decide(operation)) for operation in current]
             if writing.rows:
                 new = await place(connection, writing.rows)
-                if len(new) < len(writing.rows):
+                if not new.issuperset(row.identity for row in writing.rows):
                     # Only an import writes beside us. Nothing was committed: the next try finds it.
                     raise PostgresUnavailable("an import stored the same ids at this moment")
                 await count_direct(connection, writing.taken)
@@ -248,6 +249,8 @@ class _Writing(_Lookup):
             if last != operation.expected:
                 why = f"the last position is {last}, not {operation.expected}"
                 return PreconditionFailed(why, last_position=last)
+        if operation.kind == ERASE:
+            self.stored = {k: v for k, v in self.stored.items() if k[:2] != conversation}
         row = self._locked[operation.shard]
         first = pack(row.epoch, row.next_direct + self.taken[operation.shard])
         self.taken[operation.shard] += len(identities)
@@ -255,9 +258,10 @@ class _Writing(_Lookup):
         for index, identity in enumerate(identities):
             header, data = operation.arguments[4 * index + 2], operation.arguments[4 * index + 3]
             self.rows.append(placed(first + index, header, data))
-            self.stored[identity] = (first + index, data)
+            if data:  # else it is no item
+                self.stored[identity] = (first + index, data)
             receipts.append(Receipt(identity[2], first + index, "stored", "direct"))
-        self._last[conversation] = first + len(identities) - 1
+        self._last[conversation] = 0 if operation.kind == ERASE else first + len(identities) - 1
         return receipts
 
 

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import structs
 
 from buffer.errors import OutcomeUnknown, RedisUnavailable
+from buffer.model.record import ITEM
 from buffer.model.types import Level, Receipt
 
 # Of Redis: the epoch and the script's answer. Of Postgres: the epoch and the receipts.
@@ -33,6 +34,7 @@ class Operation(msgspec.Struct, eq=False, gc=False):
     began: float  # the loop's time
     future: asyncio.Future[Answer]
     fresh: bool = False  # every id was made here, for this append
+    kind: str = ITEM  # what its entries are
     token: bytes = b""  # lease under which ``expected`` was confirmed in Postgres
     in_flight: bool = False
     maybe_stored: bool = False

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from buffer.model.position import pack
-from buffer.model.record import UnknownRecordFormat, split_header
-from buffer.policy.merge import Removal
+from buffer.model.record import ERASE, ITEM, Removal, UnknownRecordFormat, removal, split_header
 from buffer.store.copy_format import encode_row
-from buffer.store.items import Cut
+from buffer.store.removals import Cut, Erasure
 from buffer.store.shards import Advance, Owned
 from buffer.stream.shards import RawEntry, Settlement
 
@@ -26,13 +25,14 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     """
 
     sequence: int
+    kind: str
     conversation_key: bytes
     tenant: bytes
     conversation: bytes
     item_id: bytes
     user: bytes
     created_ms: int
-    replace_after: int | None
+    cut: int | None
     entry_id: bytes
     header: bytes
     data: bytes
@@ -48,13 +48,14 @@ def decode(entries: Iterable[RawEntry]) -> tuple[list[Entry], UnknownRecordForma
     decoded: list[Entry] = []
     for raw in entries:
         try:
-            _, _, tenant, conversation, item_id, user, created_ms, cut, _, _ = split_header(raw)
+            _, kind, tenant, conversation, item_id, user, created_ms, cut, _, _ = split_header(raw)
         except UnknownRecordFormat as error:
             return decoded, error
         entry_id, header, data = raw
         decoded.append(
             Entry(
                 int(entry_id[entry_id.index(b"-") + 1 :]),
+                kind.decode(),
                 b"%b/%b" % (tenant, conversation),
                 tenant,
                 conversation,
@@ -82,6 +83,10 @@ class ShardBatch:
     committed: int
     entries: list[Entry]
     repeats: frozenset[int] = frozenset()  # sequences whose id is stored already
+    plain: bool = field(init=False)  # nothing but items that replace nothing
+
+    def __post_init__(self) -> None:
+        self.plain = all(entry.cut is None and entry.kind == ITEM for entry in self.entries)
 
     @property
     def through(self) -> int:
@@ -95,9 +100,20 @@ class ShardBatch:
         return [entry for entry in self.entries if entry.sequence > self.committed]
 
     def new(self) -> list[Entry]:
-        """The fresh entries without the repeats: what Postgres gets. A repeat removes nothing either."""
+        """The items that Postgres gets: fresh, no repeats, and not erased by a later entry of the batch."""
         fresh = self.fresh()
-        return [e for e in fresh if e.sequence not in self.repeats] if self.repeats else fresh
+        if self.repeats:
+            fresh = [e for e in fresh if e.sequence not in self.repeats]
+        if not self.plain:
+            erased = self.erased()
+            fresh = [e for e in fresh if e.kind == ITEM and e.sequence > erased.get(e.conversation_key, -1)]
+        return fresh
+
+    def erased(self) -> dict[bytes, int]:
+        """The last sequence at which each conversation is erased."""
+        if self.plain:
+            return {}
+        return {e.conversation_key: e.sequence for e in self.fresh() if e.kind == ERASE}
 
     def settlements(self) -> list[Settlement]:
         """The steps by which Redis forgets the batch."""
@@ -111,14 +127,25 @@ class ShardBatch:
             before = part[-1].sequence
         return steps
 
-    def removals(self) -> dict[bytes, list[Removal]]:
-        """What the new entries remove, by conversation."""
-        found: dict[bytes, list[Removal]] = {}
-        for entry in self.new():
-            if entry.replace_after is not None:
-                position = pack(self.owned.path_epoch, entry.sequence)
-                found.setdefault(entry.conversation_key, []).append(Removal(entry.replace_after, position))
+    def cuts(self) -> list[tuple[Entry, Removal]]:
+        """The entries that remove items. A repeat removes nothing, nor does what is erased."""
+        if self.plain:
+            return []
+        erased = self.erased()
+        found = []
+        for entry in self.fresh():
+            if entry.kind == ERASE or (entry.kind == ITEM and entry.cut is None):
+                continue
+            if entry.sequence in self.repeats or entry.sequence < erased.get(entry.conversation_key, -1):
+                continue
+            removed = removal(entry.kind, entry.cut, self.position(entry))
+            if removed is not None:
+                found.append((entry, removed))
         return found
+
+    def position(self, entry: Entry) -> int:
+        """An entry's position."""
+        return pack(self.owned.path_epoch, entry.sequence)
 
 
 @dataclass(slots=True)
@@ -137,11 +164,13 @@ class Batch:
         """The rows in COPY's binary format. One that a later entry of the batch removes has no data."""
         for part in self.parts:
             base = pack(part.owned.path_epoch, 0)
-            removals = part.removals()
+            cuts: dict[bytes, list[Removal]] = {}
+            for entry, removed in part.cuts():
+                cuts.setdefault(entry.conversation_key, []).append(removed)
             for entry in part.new():
                 position = base + entry.sequence
-                removed = removals and _removed(removals, entry.conversation_key, position)
-                data = None if removed else entry.data
+                gone = cuts and any(r.covers(position) for r in cuts.get(entry.conversation_key, ()))
+                data = None if gone else entry.data
                 yield encode_row(
                     entry.tenant, entry.conversation, position, entry.item_id, entry.created_ms, data
                 )
@@ -152,13 +181,26 @@ class Batch:
         return Batch(parts, self.full, self.fetched_at)
 
     def cuts(self) -> list[Cut]:
-        """What the batch removes from earlier rows."""
+        """What the batch removes, from its own rows or earlier ones."""
         return [
-            Cut(tenant, conversation, removal.after, removal.before)
+            Cut(
+                entry.tenant.decode(),
+                entry.conversation.decode(),
+                part.position(entry),
+                *removed,
+                None if entry.kind == ITEM else entry.item_id.decode(),
+            )
             for part in self.parts
-            for key, removals in part.removals().items()
+            for entry, removed in part.cuts()
+        ]
+
+    def erasures(self) -> list[Erasure]:
+        """What the batch erases."""
+        return [
+            Erasure(tenant, conversation, pack(part.owned.path_epoch, sequence))
+            for part in self.parts
+            for key, sequence in part.erased().items()
             for tenant, conversation in [key.decode().split("/")]
-            for removal in removals
         ]
 
     def advances(self) -> list[Advance]:
@@ -168,7 +210,3 @@ class Batch:
             for p in self.parts
             if (n := len(p.fresh()))
         ]
-
-
-def _removed(removals: dict[bytes, list[Removal]], key: bytes, position: int) -> bool:
-    return any(removal.covers(position) for removal in removals.get(key, ()))

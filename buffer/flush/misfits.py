@@ -45,7 +45,7 @@ async def find_misfits(connection: Connection, batch: Batch, timeout_seconds: fl
 
 
 async def _find_repeats(connection: Connection, batch: Batch, misfits: Misfits) -> None:
-    fresh = [(part, entry, decode_entry(*entry.raw)) for part in batch.parts for entry in part.fresh()]
+    fresh = [(part, entry, decode_entry(*entry.raw)) for part in batch.parts for entry in part.new()]
     stored: dict[Identity, tuple[int, str | bytes | None]] = {
         **await items.present(connection, [record.identity for *_, record in fresh])
     }

@@ -7,25 +7,24 @@ while a long COPY runs, and a stopped owner does not keep its successor waiting 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from buffer.errors import BufferError
 from buffer.faults import crash_halfway
-from buffer.flush.batch import Batch
+from buffer.flush.batch import Batch, ShardBatch
 from buffer.flush.misfits import find_misfits
 from buffer.metrics import Metrics
-from buffer.model.ids import conversation_key
 from buffer.model.record import decode_entry
-from buffer.store import dead_letters, items
+from buffer.store import dead_letters, items, removals
 from buffer.store.items import NewConversation
+from buffer.store.paths import lock
 from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, StoreRefused
 from buffer.store.shards import advance
 
 _log = logging.getLogger(__name__)
 
-# Conversations whose row is known to exist; forgetting one costs one statement.
-_KNOWN_CONVERSATIONS = 100_000
+# Conversations of a shard whose row is known to exist; forgetting one costs one statement.
+_KNOWN_CONVERSATIONS = 50_000
 
 
 class Fenced(BufferError):
@@ -44,7 +43,7 @@ class Writer:
         self._flusher = flusher
         self._lease_seconds = lease_seconds
         self._metrics = metrics
-        self._known: OrderedDict[bytes, bool] = OrderedDict()  # key to: has a user
+        self._known: dict[int, tuple[tuple[int, int], dict[bytes, bool]]] = {}
 
     async def write(self, batch: Batch) -> None:
         """Commit the batch, whole.
@@ -54,17 +53,20 @@ class Writer:
             PostgresUnavailable: try again; it may be committed all the same, the mark tells.
             StoreRefused: nothing was written, and somebody has to act.
         """
-        new = self._new_conversations(batch)
+        found = self._new_conversations(batch)
+        new = [conversation for part in found.values() for conversation in part.values()]
         try:
             async with self._database.transaction() as connection:
+                await _erase(connection, batch)
                 await self._write(connection, batch, new)
         except (DuplicateRows, BadRows):
             await self._write_what_fits(batch, new)
-        self._remember(new)
+        self._remember(found)
 
     async def _write_what_fits(self, batch: Batch, new: Sequence[NewConversation]) -> None:
         """A COPY is all or nothing: once more, without what made it fail."""
         async with self._database.transaction() as connection:
+            await _erase(connection, batch)
             misfits = await find_misfits(connection, batch, self._database.timeout_seconds)
             if misfits.letters:
                 await dead_letters.add(connection, misfits.letters)
@@ -81,7 +83,7 @@ class Writer:
         rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
         await items.copy_encoded(connection, rows, self._database.timeout_seconds)
         if cuts := batch.cuts():
-            await items.remove_between(connection, cuts)
+            await removals.remove(connection, cuts)
         if new:
             await items.add_conversations(connection, new)
         moves = batch.advances()
@@ -90,25 +92,51 @@ class Writer:
         if fenced:
             raise Fenced(fenced)
 
-    def _new_conversations(self, batch: Batch) -> list[NewConversation]:
-        """Conversations that may have no row yet, or whose user was not known before."""
-        found: dict[bytes, NewConversation] = {}
-        known = self._known
-        for part in batch.parts:
-            for entry in part.fresh():
-                key, user = entry.conversation_key, entry.user
-                if key in known and (not user or known[key]):
-                    continue
-                seen = found.get(key)
-                if seen is None or (seen.user is None and user):
-                    record = decode_entry(*entry.raw)
-                    created_at = seen.created_at if seen else record.created_at
-                    found[key] = NewConversation(record.tenant, record.conversation, record.user, created_at)
-        return list(found.values())
+    def _new_conversations(self, batch: Batch) -> dict[int, dict[bytes, NewConversation]]:
+        """By shard, the conversations that may have no row yet, or whose user was not known before."""
+        return {part.owned.shard: self._new_in(part) for part in batch.parts}
 
-    def _remember(self, new: Sequence[NewConversation]) -> None:
-        for conversation in new:
-            key = conversation_key(conversation.tenant, conversation.conversation).encode()
-            self._known[key] = conversation.user is not None
-        while len(self._known) > _KNOWN_CONVERSATIONS:
-            self._known.popitem(last=False)
+    def _new_in(self, part: ShardBatch) -> dict[bytes, NewConversation]:
+        known = self._known_of(part)
+        found: dict[bytes, NewConversation] = {}
+        for erased in part.erased():
+            known.pop(erased, None)
+        for entry in part.new():
+            key, user = entry.conversation_key, entry.user
+            if key in known and (not user or known[key]):
+                continue
+            seen = found.get(key)
+            if seen is None or (seen.user is None and user):
+                record = decode_entry(*entry.raw)
+                created_at = seen.created_at if seen else record.created_at
+                found[key] = NewConversation(record.tenant, record.conversation, record.user, created_at)
+        return found
+
+    def _known_of(self, part: ShardBatch) -> dict[bytes, bool]:
+        """Conversations whose row is known to exist: key to whether it has a user.
+
+        Nobody else erases one as long as the shard stays with this flusher, in one epoch of its path.
+        """
+        owned = part.owned
+        held = (owned.fence, owned.path_epoch)
+        if self._known.get(owned.shard, (None,))[0] != held:
+            self._known[owned.shard] = (held, {})
+        return self._known[owned.shard][1]
+
+    def _remember(self, new: dict[int, dict[bytes, NewConversation]]) -> None:
+        for shard, conversations in new.items():
+            known = self._known[shard][1]
+            for key, conversation in conversations.items():
+                known[key] = known.get(key, False) or conversation.user is not None
+            while len(known) > _KNOWN_CONVERSATIONS:
+                del known[next(iter(known))]
+
+
+async def _erase(connection: Connection, batch: Batch) -> None:
+    """What the batch erases, before its rows: ids that were erased may be used again."""
+    if all(part.plain for part in batch.parts):
+        return
+    # What is placed or set aside at this moment waits for this transaction, or is seen by it.
+    await lock(connection, [part.owned.shard for part in batch.parts])
+    if erasures := batch.erasures():
+        await removals.erase(connection, erasures)

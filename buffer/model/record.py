@@ -7,13 +7,17 @@ a person can read in ``XRANGE``; ids cannot hold ``/``, so it splits without esc
     │ │ │    │  │    │   │             │             │ └ the conversation's unflushed entry before it,
     │ │ │    │  │    │   │             │             │   its number in the shard, or empty; added by Redis
     │ │ │    │  │    │   │             │             └ "+": the batch goes on with the next entry
-    │ │ │    │  │    │   │             └ items after this position are removed (replace_after), or empty
+    │ │ │    │  │    │   │             └ what the entry removes, see below, or empty
     │ │ │    │  │    │   └ accepted at, Unix milliseconds, by the accepting process's clock
     │ │ │    │  │    └ user, or empty
     │ │ │    │  └ item id
     │ │ tenant/conversation
-    │ └ kind: "i" an item
+    │ └ kind
     └ format version; a flusher that meets a newer one holds the shard
+
+Kinds: ``i`` is an item; with a number it removes the items after that position (replace_after). ``d`` deletes
+the item whose id it names, at that position. ``e`` erases everything before it. What is not an item has
+no payload; it has a position all the same, so that removals have their place in the order.
 """
 
 from __future__ import annotations
@@ -21,16 +25,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from buffer.errors import BufferError
 from buffer.model.position import MAX_POSITION
 
 FORMAT_VERSION = "1"
-KIND_ITEM = "i"
+ITEM, DELETE, ERASE = "i", "d", "e"
 
 # 14 digits of milliseconds reach the year 5138: every such time is one in Python and in Postgres.
 _is_header = re.compile(
-    rf"{FORMAT_VERSION}/{KIND_ITEM}/[^/]+/[^/]+/[^/]+/[^/]*/[0-9]{{1,14}}/[0-9]{{0,19}}/\+?/[0-9]*".encode()
+    rf"{FORMAT_VERSION}/[{ITEM}{DELETE}{ERASE}]/[^/]+/[^/]+/[^/]+/[^/]*/[0-9]{{1,14}}/[0-9]{{0,19}}/\+?/[0-9]*".encode()
 ).fullmatch
 
 
@@ -38,9 +43,32 @@ class UnknownRecordFormat(BufferError):
     """A header of a newer format version, or one that is damaged."""
 
 
+class Removal(NamedTuple):
+    """Items after ``after`` and before ``before`` are removed, both excluded."""
+
+    after: int
+    before: int
+
+    def covers(self, position: int) -> bool:
+        """Whether an item at this position is removed."""
+        return self.after < position < self.before
+
+
+def removal(kind: str, cut: int | None, position: int) -> Removal | None:
+    """What the entry at ``position`` removes."""
+    if kind == ERASE:
+        return Removal(-1, position)
+    if cut is None:
+        return None
+    return Removal(cut, position) if kind == ITEM else Removal(cut - 1, cut + 1)
+
+
 @dataclass(slots=True, frozen=True)
 class Record:
-    """One decoded entry. ``data`` is the item's JSON; ``sequence`` is its number in the shard."""
+    """One decoded entry. ``data`` is the item's JSON; ``sequence`` is its number in the shard.
+
+    ``cut`` is what the entry removes, as its kind understands it (`removal`).
+    """
 
     sequence: int
     tenant: str
@@ -48,9 +76,10 @@ class Record:
     item_id: str
     user: str | None
     created_ms: int
-    replace_after: int | None
+    cut: int | None
     batch_continues: bool
     data: bytes
+    kind: str = ITEM
 
     @property
     def conversation_key(self) -> str:
@@ -73,13 +102,14 @@ def encode_header(
     item_id: str,
     user: str | None,
     created_ms: int,
-    replace_after: int | None,
+    cut: int | None,
     batch_continues: bool,
+    kind: str = ITEM,
 ) -> bytes:
-    """The ``h`` field of an item's entry, without the last part, which the append script adds."""
-    cut = "" if replace_after is None else replace_after
+    """The ``h`` field of an entry, without the last part, which the append script adds."""
+    number = "" if cut is None else cut
     more = "+" if batch_continues else ""
-    return f"1/i/{conversation_key}/{item_id}/{user or ''}/{created_ms}/{cut}/{more}/".encode()
+    return f"1/{kind}/{conversation_key}/{item_id}/{user or ''}/{created_ms}/{number}/{more}/".encode()
 
 
 def decode_entry(entry_id: bytes, header: bytes, data: bytes) -> Record:
@@ -88,7 +118,7 @@ def decode_entry(entry_id: bytes, header: bytes, data: bytes) -> Record:
     Raises:
         UnknownRecordFormat: a newer format version, or not a header of ours.
     """
-    _, _, tenant, conversation, item_id, user, created_ms, cut, more, _ = split_header(
+    _, kind, tenant, conversation, item_id, user, created_ms, cut, more, _ = split_header(
         (entry_id, header, data)
     )
     return Record(
@@ -101,6 +131,7 @@ def decode_entry(entry_id: bytes, header: bytes, data: bytes) -> Record:
         int(cut) if cut else None,
         more == b"+",
         data,
+        kind.decode(),
     )
 
 

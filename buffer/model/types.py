@@ -71,12 +71,24 @@ class Context:
 
 
 @dataclass(slots=True, frozen=True)
+class Erased:
+    """Everything of a conversation up to and including position ``through`` is gone for good."""
+
+    conversation: str
+    through: int
+
+
+@dataclass(slots=True, frozen=True)
 class Slice:
-    """Items of one read, oldest first; ``more`` if a limit cut others off."""
+    """Items of one read, oldest first; ``more`` if a limit cut others off.
+
+    ``last_position`` is the conversation's, removed items and removals included: what ``if_match`` compares.
+    """
 
     items: list[Item]
     more: bool
     complete: bool
+    last_position: int | None = None
 
 
 @dataclass(slots=True, frozen=True)

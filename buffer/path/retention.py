@@ -105,7 +105,7 @@ def _placed(epoch: int, kept: Kept) -> Iterator[Placed]:
 
 def placed(position: int, header: bytes, data: bytes) -> Placed:
     """An entry's header and payload as a row."""
-    _, _, tenant, conversation, item_id, user, created_ms, cut, _, _ = split_header((b"", header, data))
+    _, kind, tenant, conversation, item_id, user, created_ms, cut, _, _ = split_header((b"", header, data))
     return Placed(
         tenant.decode(),
         conversation.decode(),
@@ -115,4 +115,5 @@ def placed(position: int, header: bytes, data: bytes) -> Placed:
         data,
         int(cut) if cut else None,
         user.decode() or None,
+        kind.decode(),
     )

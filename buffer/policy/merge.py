@@ -17,33 +17,23 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from buffer.model.record import Removal
+
 _T = TypeVar("_T")
 
 
 @dataclass(slots=True, frozen=True)
-class Removal:
-    """Items after ``after`` and before ``before`` are removed, both excluded."""
-
-    after: int
-    before: int
-
-    def covers(self, position: int) -> bool:
-        """Whether an item at this position is removed."""
-        return self.after < position < self.before
-
-
-@dataclass(slots=True, frozen=True)
 class Pending:
-    """An unflushed item: its position, its id, what it removes, and whatever the caller carries along."""
+    """An unflushed entry: its position, its item's id (None: it is not an item), and what it removes."""
 
     position: int
-    item_id: str
-    replace_after: int | None
+    item_id: str | None
+    removal: Removal | None
 
 
 def removals(pending: Iterable[Pending]) -> list[Removal]:
     """What unflushed entries remove."""
-    return [Removal(p.replace_after, p.position) for p in pending if p.replace_after is not None]
+    return [p.removal for p in pending if p.removal is not None]
 
 
 def visible(position: int, removed: Sequence[Removal]) -> bool:
@@ -52,9 +42,13 @@ def visible(position: int, removed: Sequence[Removal]) -> bool:
 
 
 def unflushed(pending: Sequence[Pending], flushed_through: int) -> list[Pending]:
-    """The tail entries after a position, without those that later ones remove."""
+    """The tail's items after a position, without those that later entries remove."""
     removed = removals(pending)
-    return [p for p in pending if p.position > flushed_through and visible(p.position, removed)]
+    return [
+        p
+        for p in pending
+        if p.item_id is not None and p.position > flushed_through and visible(p.position, removed)
+    ]
 
 
 def between(pending: Sequence[Pending], after: int, before: int) -> list[Pending]:
@@ -63,7 +57,7 @@ def between(pending: Sequence[Pending], after: int, before: int) -> list[Pending
 
 
 def new_in_tail(pending: Sequence[Pending], flushed_through: int, known: Container[str]) -> list[Pending]:
-    """What the tail adds to what Postgres has; ``known`` are those of its ids that are stored already.
+    """The items that the tail adds to Postgres; ``known`` are those of its ids that are stored already.
 
     A repeat that came after the idempotency window adds nothing, and removes nothing either: its first
     appearance did.

@@ -20,7 +20,7 @@ from buffer.metrics import Metrics
 from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import MAX_POSITION, pack
-from buffer.model.record import Record
+from buffer.model.record import ERASE, ITEM, Record, removal
 from buffer.model.types import Item, Slice
 from buffer.path.member import Member
 from buffer.policy.merge import (
@@ -101,7 +101,7 @@ class Reader:
 
         async def find() -> int | None:
             tail = await self._tail(where, enough=None)
-            ids = [item_id, *(p.item_id for p in tail.pending)]
+            ids = [item_id, *(p.item_id for p in tail.pending if p.item_id is not None)]
             stored = await self._items.positions(tenant, conversation, ids)
             if not self._member.may_show(where.shard, tail.epoch, tail.mode):
                 raise _PathMoved("the path has changed")
@@ -130,7 +130,7 @@ class Reader:
         older = [_from_store(row) for row in reversed(stored.items)]
         newer = _new_in_tail(tail, stored, where)
         self._observe(tail, began)
-        return Slice(*newest_page(older, newer, limit), stored.complete)
+        return Slice(*newest_page(older, newer, limit), stored.complete, _last_position(tail, stored))
 
     async def _oldest(self, where: Where, limit: int) -> Slice:
         began = time.perf_counter()
@@ -140,7 +140,7 @@ class Reader:
         older = [_from_store(row) for row in stored.items]
         newer = _new_in_tail(tail, stored, where) if len(older) <= limit else []
         self._observe(tail, began)
-        return Slice(*oldest_page(older, newer, limit), stored.complete)
+        return Slice(*oldest_page(older, newer, limit), stored.complete, _last_position(tail, stored))
 
     async def _tail(self, where: Where, *, enough: int | None) -> _Tail:
         """The newest unflushed records until ``enough`` of them count, or all.
@@ -158,7 +158,7 @@ class Reader:
         older_from: int | None = None
         while True:
             chunk = await self._shards.tail(where.shard, epoch, key, _TAIL_CHUNK, older_from)
-            older = [Pending(pack(epoch, r.sequence), r.item_id, r.replace_after) for r in chunk.records]
+            older = [_pending(epoch, record) for record in chunk.records]
             tail.records.update(zip((p.position for p in older), chunk.records, strict=True))
             tail.pending = older + tail.pending
             tail.entries = chunk.entries + tail.entries
@@ -208,6 +208,20 @@ class Reader:
     def _observe(self, tail: _Tail, began: float) -> None:
         source = "merged" if tail.mode == "stream" else "postgres"
         self._metrics["read_duration_seconds"].labels(source=source).observe(time.perf_counter() - began)
+
+
+def _pending(epoch: int, record: Record) -> Pending:
+    position = pack(epoch, record.sequence)
+    item_id = record.item_id if record.kind == ITEM else None
+    return Pending(position, item_id, removal(record.kind, record.cut, position))
+
+
+def _last_position(tail: _Tail, stored: store_items.Slice) -> int | None:
+    """Of what came last, removed items and removals included; None where nothing is, or all was erased."""
+    if not tail.records or max(tail.records) <= stored.flushed_through:
+        return stored.last_position
+    last = max(tail.records)
+    return None if tail.records[last].kind == ERASE else last
 
 
 def _counting(tail: _Tail, where: Where) -> list[Pending]:

@@ -32,15 +32,6 @@ class Row(NamedTuple):
     data: str | None
 
 
-class Cut(NamedTuple):
-    """Items of a conversation between two positions, both excluded, are removed."""
-
-    tenant: str
-    conversation: str
-    after: int
-    before: int
-
-
 class NewConversation(NamedTuple):
     """A conversation that a batch may be the first to mention."""
 
@@ -76,7 +67,7 @@ class Slice:
 
     ``known`` holds those of the unflushed ids that are stored already. ``complete`` is False while the
     conversation has dead letters, or a process that may hold a part of the shard is missing. ``epoch`` and
-    ``mode`` are the shard's path.
+    ``mode`` are the shard's path. ``last_position`` counts removed items and removals, too.
     """
 
     epoch: int
@@ -85,6 +76,7 @@ class Slice:
     items: list[StoredItem]
     known: frozenset[str]
     complete: bool
+    last_position: int | None
 
 
 class ItemReader:
@@ -102,7 +94,7 @@ class ItemReader:
         return await self._slice("oldest", where, limit, pending)
 
     async def _slice(self, query: str, where: Where, limit: int, pending: Sequence[Pending]) -> Slice:
-        removing = [p for p in pending if p.replace_after is not None]
+        removing = [(p.removal, p.item_id or "") for p in pending if p.removal is not None]
         async with self._database.connection() as connection:
             rows = await connection.fetch(
                 _SQL[query],
@@ -112,10 +104,10 @@ class ItemReader:
                 where.before,
                 limit,
                 where.shard,
-                [p.replace_after for p in removing],
-                [p.position for p in removing],
-                [p.item_id for p in removing],
-                [p.item_id for p in pending],
+                [removal.after for removal, _ in removing],
+                [removal.before for removal, _ in removing],
+                [item_id for _, item_id in removing],
+                [p.item_id for p in pending if p.item_id is not None],
             )
         return Slice(
             rows[0]["path_epoch"],
@@ -128,13 +120,29 @@ class ItemReader:
             ],
             frozenset(rows[0]["known"]),
             not rows[0]["incomplete"],
+            rows[0]["last_position"],
         )
 
     async def last_position(self, tenant: str, conversation: str) -> int | None:
-        """The conversation's last position in Postgres."""
+        """The conversation's last position in Postgres, removed items and removals included."""
         async with self._database.connection() as connection:
             position: int | None = await connection.fetchval(_SQL["last_position"], tenant, conversation)
         return position
+
+    async def check_reachable(self) -> None:
+        """Return if Postgres answers.
+
+        Raises:
+            PostgresUnavailable: it does not.
+        """
+        async with self._database.connection() as connection:
+            await connection.fetchval("select 1")
+
+    async def was_removed(self, tenant: str, conversation: str, position: int) -> bool:
+        """Whether the deletion or erasure at ``position`` has happened."""
+        async with self._database.connection() as connection:
+            happened: bool = await connection.fetchval(_SQL["was_removed"], tenant, conversation, position)
+        return happened
 
     async def positions(
         self, tenant: str, conversation: str, item_ids: Sequence[str]
@@ -214,12 +222,6 @@ async def present(connection: Connection, ids: Sequence[Identity]) -> dict[Ident
     with translated():
         rows = await connection.fetch(_SQL["present"], *zip(*ids, strict=True))
     return {(r["tenant"], r["conversation"], r["item_id"]): (r["position"], r["data"]) for r in rows}
-
-
-async def remove_between(connection: Connection, cuts: Sequence[Cut]) -> None:
-    """Remove what ``replace_after`` replaces."""
-    with translated():
-        await connection.execute(_SQL["remove_between"], *zip(*cuts, strict=True))
 
 
 async def add_conversations(connection: Connection, new: Sequence[NewConversation]) -> None:

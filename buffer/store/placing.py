@@ -12,16 +12,18 @@ from datetime import datetime
 from typing import NamedTuple
 
 from buffer.model.codec import equal_as_json
-from buffer.store import dead_letters, items, queries
+from buffer.model.record import ERASE, ITEM, Removal, removal
+from buffer.store import dead_letters, items, queries, removals
 from buffer.store.dead_letters import DeadLetter
-from buffer.store.items import Cut, Identity, NewConversation
+from buffer.store.items import Identity, NewConversation
 from buffer.store.pool import BadRows, Connection, DuplicateRows, translated
+from buffer.store.removals import Cut, Erasure
 
 _SQL = queries.load("placing")
 
 
 class Placed(NamedTuple):
-    """An item with its position. ``data`` is its JSON; ``replace_after`` a position, or None."""
+    """An entry with its position. ``data`` is an item's JSON; ``cut`` is what it removes, by its kind."""
 
     tenant: str
     conversation: str
@@ -29,35 +31,68 @@ class Placed(NamedTuple):
     item_id: str
     created_at: datetime
     data: bytes
-    replace_after: int | None
+    cut: int | None
     user: str | None
+    kind: str = ITEM
 
     @property
     def identity(self) -> Identity:
-        """What makes an item the same item: tenant, conversation, item id."""
-        return self.tenant, self.conversation, self.item_id
+        """What makes an entry the same: tenant, conversation, and the item's id, or else the position."""
+        own = self.item_id if self.kind == ITEM else f"{self.kind}/{self.position}"
+        return self.tenant, self.conversation, own
+
+    @property
+    def removal(self) -> Removal | None:
+        """What it removes."""
+        return removal(self.kind, self.cut, self.position)
 
 
 async def place(connection: Connection, rows: Sequence[Placed]) -> set[Identity]:
-    """Insert what is not there by its id; what was new.
+    """Insert what is not there by its id, and remove what the entries remove; what was new.
+
+    An item that an entry of the same rows erases counts as new: it was there for a moment.
 
     Raises:
         BadRows, DuplicateRows: Postgres refuses a row, or its position is taken; the transaction is broken.
     """
+    new: set[Identity] = set()
+    erased: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row.kind == ERASE:
+            erased[row.identity[:2]] = max(row.position, erased.get(row.identity[:2], 0))
+    if erased:
+        erasures = [Erasure(r.tenant, r.conversation, r.position) for r in rows if r.kind == ERASE]
+        fresh = await removals.erase(connection, erasures)
+        new |= {r.identity for r in rows if r.kind == ERASE and (*r.identity[:2], r.position) in fresh}
+        new |= {r.identity for r in rows if r.position < erased.get(r.identity[:2], 0)}
+        rows = [row for row in rows if row.position > erased.get(row.identity[:2], -1)]
+    new_items = await _insert(connection, [row for row in rows if row.kind == ITEM])
+    new |= new_items
+    placed = [row for row in rows if row.identity in new_items]
+    cuts = [
+        Cut(r.tenant, r.conversation, r.position, *r.removal, None if r.kind == ITEM else r.item_id)
+        for r in rows
+        if r.removal is not None and (r.kind != ITEM or r.identity in new_items)
+    ]
+    if cuts:
+        positions = await removals.remove(connection, cuts)
+        new |= {r.identity for r in rows if r.kind != ITEM and r.position in positions}
+    await _add_conversations(connection, placed)
+    return new
+
+
+async def _insert(connection: Connection, rows: Sequence[Placed]) -> set[Identity]:
+    if not rows:
+        return set()
     columns = zip(
         *((r.tenant, r.conversation, r.position, r.item_id, r.created_at, r.data) for r in rows), strict=True
     )
     with translated():
         stored = await connection.fetch(_SQL["place"], *columns)
-    new: set[Identity] = {(r["tenant"], r["conversation"], r["item_id"]) for r in stored}
-    placed = [row for row in rows if row.identity in new]
-    cuts = [
-        Cut(r.tenant, r.conversation, r.replace_after, r.position)
-        for r in placed
-        if r.replace_after is not None
-    ]
-    if cuts:
-        await items.remove_between(connection, cuts)
+    return {(r["tenant"], r["conversation"], r["item_id"]) for r in stored}
+
+
+async def _add_conversations(connection: Connection, placed: Sequence[Placed]) -> None:
     conversations: dict[tuple[str, str], NewConversation] = {}
     for row in placed:
         known = conversations.get((row.tenant, row.conversation))
@@ -68,7 +103,6 @@ async def place(connection: Connection, rows: Sequence[Placed]) -> set[Identity]
             )
     if conversations:
         await items.add_conversations(connection, list(conversations.values()))
-    return new
 
 
 async def place_acked(connection: Connection, rows: Sequence[Placed]) -> int:
@@ -83,7 +117,8 @@ async def place_acked(connection: Connection, rows: Sequence[Placed]) -> int:
         new = set()
         for row in rows:
             new |= await _place_alone(connection, row)
-    await set_aside(connection, [row for row in rows if row.identity not in new])
+    items_left = [row for row in rows if row.kind == ITEM and row.identity not in new]
+    await set_aside(connection, items_left)
     return len(new)
 
 
@@ -97,10 +132,11 @@ async def _place_alone(connection: Connection, row: Placed) -> set[Identity]:
 
 
 async def set_aside(connection: Connection, rows: Sequence[Placed], why: str = "") -> int:
-    """Keep rows as dead letters, but for those that are stored, or whose id is stored with an equal body.
+    """Keep items as dead letters, but for those that are stored, or whose id is stored with an equal body.
 
     How many were kept. ``why``: the reason for those whose id is not stored; without it they are dropped.
     """
+    rows = [row for row in rows if row.kind == ITEM]
     if not rows:
         return 0
     stored = await items.present(connection, [row.identity for row in rows])

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from buffer.model.position import pack
+from buffer.model.record import DELETE
 from buffer.settings import Settings
 from buffer.store.dead_letters import DeadLetters, KeptLetter
 from buffer.store.placing import Placed, last_positions, place, place_acked, set_aside
@@ -220,10 +221,10 @@ async def test_set_aside_keeps_what_is_not_stored_as_dead_letters(
     assert list(await stored(postgres)) == [1, 2]
 
 
-async def test_last_positions_counts_removed_items(database: Database, postgres: asyncpg.Connection) -> None:
-    """A removed last item is still the last position; a conversation without items has none."""
+async def test_last_positions_counts_removed_items(database: Database) -> None:
+    """What removed the last item is the last position; a conversation without items has none."""
     await acked(database, row(1), row(9), row(7, conversation="d"))
-    await postgres.execute("update buffer.items set data = null where item_id = 'm-9'")
+    await acked(database, row(11)._replace(kind=DELETE, cut=pack(1, 9), data=b""))
     async with database.connection() as connection:
         found = await last_positions(connection, [("t", "c"), ("t", "d"), ("t", "none"), ("other", "c")])
-    assert found == {("t", "c"): pack(1, 9), ("t", "d"): pack(1, 7)}
+    assert found == {("t", "c"): pack(1, 11), ("t", "d"): pack(1, 7)}

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 from buffer.model.ids import derive_item_id
 from buffer.model.position import pack
-from buffer.store.items import Cut, NewConversation, Row, add_conversations, copy_rows, remove_between
+from buffer.store import removals
+from buffer.store.items import NewConversation, Row, add_conversations, copy_rows
 from buffer.store.pool import Database
+from buffer.store.removals import Cut
 from buffer.transfer import export, import_file
 from tests.integration.transfer_support import (
     NOON,
@@ -145,7 +147,7 @@ async def test_an_export_of_appended_items_loses_nothing(database, tenant):
     times = [NOON + timedelta(seconds=n, microseconds=n * 1_001) for n in range(len(bodies))]
     await append_live(database, tenant, bodies, user="u/ü".replace("/", ""), times=times)
     async with database.transaction() as connection:
-        await remove_between(connection, [Cut(tenant, "c1", pack(1, 6), pack(1, 8))])
+        await removals.remove(connection, [Cut(tenant, "c1", pack(1, 8), pack(1, 6), pack(1, 8), None)])
 
     (line,) = await exported(database, tenant)
     assert [item.get("id") for item in line["items"]] == [

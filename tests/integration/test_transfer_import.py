@@ -15,7 +15,9 @@ import pytest
 
 from buffer.model.codec import encode_item
 from buffer.model.position import pack
-from buffer.store.items import Cut, Row, copy_rows, remove_between
+from buffer.store import removals
+from buffer.store.items import Row, copy_rows
+from buffer.store.removals import Cut
 from buffer.transfer import ImportReport, import_file
 from tests.integration.transfer_support import (
     NOON,
@@ -155,7 +157,7 @@ async def test_a_removed_item_does_not_come_back(database, tenant):
     lines = lines_of(conversation(turn("a"), turn("b")))
     await import_file(database, lines, tenant=tenant)
     async with database.transaction() as connection:
-        await remove_between(connection, [Cut(tenant, "c1", 0, 2)])
+        await removals.remove(connection, [Cut(tenant, "c1", 2, 0, 2, None)])
     report = await import_file(database, lines, tenant=tenant)
     assert (counts(report), report.removed, report.ok) == ((0, 1, 0, 0), 1, True)
     (line,) = await exported(database, tenant)

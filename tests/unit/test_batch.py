@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from buffer.flush import batch as batch_module
 from buffer.flush.batch import SETTLE_STEP, Batch, ShardBatch, decode
 from buffer.model.position import MAX_EPOCH, MAX_SEQUENCE, pack
-from buffer.model.record import UnknownRecordFormat, encode_header
+from buffer.model.record import DELETE, ERASE, ITEM, UnknownRecordFormat, encode_header, removal
 from buffer.store.items import Row
 from buffer.store.shards import Owned
 from buffer.stream.shards import RawEntry
@@ -29,23 +29,27 @@ CONVERSATIONS = {0: [("a", "bc"), ("ab", "c"), ("a", "b")], 1: [("b", "a"), ("a"
 
 @dataclass
 class Step:
-    """One entry as a test draws it; ``cut`` is a sequence after which it removes."""
+    """One entry as a test draws it; ``cut`` is the sequence that its removal names."""
 
     shard: int
     conversation: tuple[str, str]
     cut: int | None
+    kind: str = ITEM
 
 
 @st.composite
 def streams(draw: st.DrawFn, *, min_size: int = 0) -> list[Step]:
-    """Entries of two shards in the order in which they were appended; some replace older ones."""
+    """Entries of two shards in the order in which they were appended; some remove older ones."""
     steps: list[Step] = []
     counts = [0, 0]
     for _ in range(draw(st.integers(min_size, 14))):
         shard = draw(st.integers(0, 1))
         conversation = draw(st.sampled_from(CONVERSATIONS[shard]))
-        cut = draw(st.none() | st.integers(-1, counts[shard] - 1))
-        steps.append(Step(shard, conversation, cut))
+        kind = draw(st.sampled_from([ITEM] * 4 + [DELETE, ERASE])) if counts[shard] else ITEM
+        cut = draw(st.none() | st.integers(-1, counts[shard] - 1)) if kind == ITEM else None
+        if kind == DELETE:
+            cut = draw(st.integers(0, counts[shard] - 1))
+        steps.append(Step(shard, conversation, cut, kind))
         counts[shard] += 1
     return steps
 
@@ -72,9 +76,10 @@ def entries_of(steps: list[Step], shard: int, epoch: int, first: int) -> list[Ra
                 1_732_368_000_000 + number,
                 None if step.cut is None else pack(epoch, first + step.cut),
                 False,
+                step.kind,
             )
             + b"41",
-            b'{"n":%d}' % number,
+            b'{"n":%d}' % number if step.kind == ITEM else b"",
         )
         for number, step in enumerate(mine)
     ]
@@ -184,11 +189,18 @@ def replayed(steps: list[Step]) -> dict[tuple[int, tuple[str, str]], list[int]]:
     counts = [0, 0]
     for step in steps:
         items = conversations.setdefault((step.shard, step.conversation), [])
-        if step.cut is not None:
-            items[:] = [number for number in items if number <= step.cut]
-        items.append(counts[step.shard])
+        if removed := removal(step.kind, step.cut, counts[step.shard]):
+            items[:] = [number for number in items if not removed.covers(number)]
+        if step.kind == ITEM:
+            items.append(counts[step.shard])
         counts[step.shard] += 1
     return conversations
+
+
+def erased_later(steps: list[Step], step: Step) -> bool:
+    """Whether a later entry erases this one."""
+    later = steps[next(i for i, s in enumerate(steps) if s is step) :]
+    return any(s.kind == ERASE and s.conversation == step.conversation for s in later)
 
 
 @given(streams(), st.data())
@@ -208,6 +220,10 @@ def test_flushing_in_any_batches_leaves_what_one_append_after_the_other_would(
             if taken:
                 parts.append(part_of(taken, owned[shard]))
         batch = Batch(parts, full=True, fetched_at=0.0)
+        for erasure in batch.erasures():
+            erased = [k for k in table if k[:2] == erasure[:2] and k[2] <= erasure.through]
+            for key in erased:
+                del table[key]
         table |= {row[:3]: row.data for row in rows_of(batch)}
         for cut in batch.cuts():
             for key in table:
@@ -216,7 +232,8 @@ def test_flushing_in_any_batches_leaves_what_one_append_after_the_other_would(
     for (shard, conversation), numbers in replayed(steps).items():
         left = sorted(key[2] for key, item in table.items() if key[:2] == conversation and item is not None)
         assert left == [pack(owned[shard].path_epoch, 5 + number) for number in numbers]
-    assert len(table) == len(steps)  # a removed item keeps its row, and with it its id
+    kept = [step for step in steps if step.kind == ITEM and not erased_later(steps, step)]
+    assert len(table) == len(kept)  # a removed item keeps its row, and with it its id
 
 
 @given(streams(), st.data())
@@ -233,12 +250,16 @@ def test_a_row_removed_within_its_batch_never_carries_its_data(
     }
     rows = rows_of(batch)
     assert {row[:3] for row in rows if row.data is not None} == alive
-    in_order = sorted(steps, key=lambda step: step.shard)
-    expected = {
-        (*step.conversation, pack(owned[step.shard].path_epoch, step.cut), row.position)
-        for row, step in zip(rows, in_order, strict=True)
-        if step.cut is not None
-    }
+    counts = [0, 0]
+    expected = set()
+    for step in steps:
+        epoch, number = owned[step.shard].path_epoch, counts[step.shard]
+        counts[step.shard] += 1
+        if step.kind != ERASE and step.cut is not None and not erased_later(steps, step):
+            position, cut = pack(epoch, number), pack(epoch, step.cut)
+            after, before = (cut, position) if step.kind == ITEM else (cut - 1, cut + 1)
+            deleted = None if step.kind == ITEM else f"item-{number}"
+            expected.add((*step.conversation, position, after, before, deleted))
     assert set(batch.cuts()) == expected
     assert len(batch.cuts()) == len(expected)
 
@@ -323,7 +344,7 @@ def test_an_empty_batch_writes_and_moves_nothing() -> None:
 # --- records of a newer release
 
 
-@pytest.mark.parametrize("newer", [b"2/i/a/b/item-1//5///", b'{"v":2}', b"1/d/a/b/item-1//5///", b""])
+@pytest.mark.parametrize("newer", [b"2/i/a/b/item-1//5///", b'{"v":2}', b"1/x/a/b/item-1//5///", b""])
 def test_a_batch_ends_before_an_unknown_record(newer: bytes) -> None:
     """What came before a record of a newer release is flushed; nothing that came after may overtake it."""
     entries = entries_of([Step(0, ("a", "b"), None)] * 3, 0, 1, 0)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from buffer.model.record import DELETE, ERASE, ITEM, Removal, removal
 from buffer.policy.merge import (
     Pending,
-    Removal,
     between,
     new_in_tail,
     newest_page,
@@ -30,9 +30,9 @@ class Entry(NamedTuple):
     """One entry of a shard's stream. ``ours``: of the conversation that is read."""
 
     position: int
-    item_id: str
+    item_id: str | None
     ours: bool
-    replace_after: int | None
+    removal: Removal | None
 
 
 class Stored(NamedTuple):
@@ -47,9 +47,9 @@ def conversation_after(entries: list[Entry]) -> tuple[list[Stored], set[str]]:
     for entry in entries:
         if not entry.ours:
             continue
-        if entry.replace_after is not None:
-            items = [item for item in items if item.position <= entry.replace_after]
-        if entry.item_id not in known:
+        if (removed := entry.removal) is not None:
+            items = [item for item in items if not removed.covers(item.position)]
+        if entry.item_id is not None and entry.item_id not in known:
             items.append(Stored(entry.position, entry.item_id))
             known.add(entry.item_id)
     return items, known
@@ -71,7 +71,7 @@ class History:
     @property
     def tail(self) -> list[Pending]:
         return [
-            Pending(entry.position, entry.item_id, entry.replace_after)
+            Pending(entry.position, entry.item_id, entry.removal)
             for entry in self.entries
             if entry.ours and self.settled < entry.position <= self.read
         ]
@@ -82,7 +82,7 @@ class History:
 
 @st.composite
 def histories(draw: st.DrawFn, *, repeats: bool = True) -> History:
-    """Appends of two conversations; some replace, some repeat an id that was settled long ago.
+    """Two conversations: appends, some of which replace, or repeat an id of long ago; deletions, erasures.
 
     A repeat carries no removal: what it removed, it removed the first time.
     """
@@ -93,12 +93,16 @@ def histories(draw: st.DrawFn, *, repeats: bool = True) -> History:
     for number in range(count):
         position = first + number
         ours = draw(st.integers(0, 3)) > 0
-        old = [entry.item_id for entry in entries if entry.ours and entry.position <= first + settled]
+        old = [e.item_id for e in entries if e.ours and e.item_id and e.position <= first + settled]
         if repeats and ours and old and number > settled and draw(st.integers(0, 4)) == 0:
             entries.append(Entry(position, draw(st.sampled_from(old)), ours, None))
             continue
-        cut = draw(st.none() | st.integers(first - 1, position - 1)) if number else None
-        entries.append(Entry(position, f"item-{number}", ours, cut))
+        kind = draw(st.sampled_from([ITEM, ITEM, ITEM, ITEM, DELETE, ERASE])) if number else ITEM
+        cut = draw(st.none() | st.integers(first - 1, position - 1)) if number and kind == ITEM else None
+        if kind == DELETE:
+            cut = draw(st.integers(first, position - 1))
+        item_id = f"item-{number}" if kind == ITEM else None
+        entries.append(Entry(position, item_id, ours, removal(kind, cut, position)))
     read = draw(st.integers(settled, count - 1))
     flushed = draw(st.integers(settled, count - 1))
     return History(entries, first + settled, first + read, first + flushed)
@@ -109,12 +113,12 @@ def stored_part(history: History, after: int, before: int) -> tuple[list[Stored]
     items, known = history.until(history.flushed)
     removed = removals(history.tail)
     found = [i for i in items if after < i.position < before and visible(i.position, removed)]
-    return found, known & {pending.item_id for pending in history.tail}
+    return found, known & {pending.item_id for pending in history.tail if pending.item_id}
 
 
 def tail_part(history: History, known: set[str], after: int, before: int) -> list[Stored]:
     new = new_in_tail(history.tail, history.flushed, known)
-    return [Stored(pending.position, pending.item_id) for pending in between(new, after, before)]
+    return [Stored(pending.position, pending.item_id or "") for pending in between(new, after, before)]
 
 
 EVERYTHING = (-2, 1 << 62)
@@ -157,7 +161,7 @@ def test_the_newest_part_of_the_tail_is_right_by_itself(history: History, data: 
     begins = chunk[0].position if chunk else history.read + 1
     whole, _ = history.until(history.read)
     expected = [item for item in whole if item.position >= begins]
-    assert [Stored(p.position, p.item_id) for p in unflushed(chunk, 0)] == expected
+    assert [Stored(p.position, p.item_id or "") for p in unflushed(chunk, 0)] == expected
 
 
 @given(histories())
@@ -184,7 +188,7 @@ def test_bounds_of_a_page_are_excluded() -> None:
 
 def test_a_replacement_removes_flushed_and_unflushed_items_alike() -> None:
     """Items 1 to 3 of which 1 and 2 are flushed; 4 replaces what follows 1: 1 and 4 remain."""
-    tail = [Pending(2, "b", None), Pending(3, "c", None), Pending(4, "d", 1)]
+    tail = [Pending(2, "b", None), Pending(3, "c", None), Pending(4, "d", Removal(1, 4))]
     assert removals(tail) == [Removal(1, 4)]
     assert [p.item_id for p in unflushed(tail, 2)] == ["d"]
     assert [visible(position, removals(tail)) for position in (1, 2)] == [True, False]

@@ -173,9 +173,7 @@ def test_older_gives_rows_as_they_were_accepted(retention: Retention) -> None:
     """Ids, user, time, body, and what the item replaces."""
     retention.keep(0, 3, 7, 1, [b"", b"", header("m-1", cut=41, user="u42"), b"{}"], 2)
     at = datetime(2024, 11, 23, 13, 20, tzinfo=UTC) + timedelta(milliseconds=123)
-    assert retention.older(0, 4) == [
-        Placed("acme", "c7", pack(3, 7), "m-1", at, b"{}", replace_after=41, user="u42")
-    ]
+    assert retention.older(0, 4) == [Placed("acme", "c7", pack(3, 7), "m-1", at, b"{}", cut=41, user="u42")]
 
 
 def test_older_forgets_nothing(retention: Retention) -> None:

@@ -12,7 +12,12 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     ) as known,
     exists (select from buffer.dead_letters where tenant = $1 and conversation = $2)
         or exists (select from buffer.missing m where m.shard = s.shard) as incomplete,
-    s.path_epoch, s.mode
+    s.path_epoch, s.mode,
+    greatest(
+        (select max(position) from buffer.items
+         where tenant = $1 and conversation = $2 and data is not null),
+        (select max(position) from buffer.removals where tenant = $1 and conversation = $2)
+    ) as last_position
 from buffer.shards s
 left join lateral (
     select position, item_id, created_at, data
@@ -42,7 +47,12 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     ) as known,
     exists (select from buffer.dead_letters where tenant = $1 and conversation = $2)
         or exists (select from buffer.missing m where m.shard = s.shard) as incomplete,
-    s.path_epoch, s.mode
+    s.path_epoch, s.mode,
+    greatest(
+        (select max(position) from buffer.items
+         where tenant = $1 and conversation = $2 and data is not null),
+        (select max(position) from buffer.removals where tenant = $1 and conversation = $2)
+    ) as last_position
 from buffer.shards s
 left join lateral (
     select position, item_id, created_at, data
@@ -63,9 +73,21 @@ where s.shard = $6
 order by i.position
 
 -- name: last_position
--- The last position of a conversation, removed items included.
+-- The last position of a conversation, removed items included: what removed them came after them.
 -- $1 tenant, $2 conversation
-select max(position) from buffer.items where tenant = $1 and conversation = $2
+select greatest(
+    (select max(position) from buffer.items where tenant = $1 and conversation = $2 and data is not null),
+    (select max(position) from buffer.removals where tenant = $1 and conversation = $2)
+)
+
+-- name: was_removed
+-- Whether the deletion or erasure at a position has happened.
+-- $1 tenant, $2 conversation, $3 position
+select exists (
+    select from buffer.removals where tenant = $1 and conversation = $2 and position = $3
+) or exists (
+    select from buffer.tombstones where tenant = $1 and conversation = $2 and through >= $3
+)
 
 -- name: positions
 -- Where items of a conversation stand. $1 tenant, $2 conversation, $3 item ids
@@ -78,19 +100,6 @@ where tenant = $1 and conversation = $2 and item_id = any($3::text[])
 select i.tenant, i.conversation, i.item_id, i.position, i.data
 from unnest($1::text[], $2::text[], $3::text[]) as wanted (tenant, conversation, item_id)
 join buffer.items i using (tenant, conversation, item_id)
-
--- name: remove_between
--- Removed items keep their row, so that their id is never used again. What was replaced is kept in mind for
--- rows that a spill brings later. $1 tenants, $2 conversations, $3 after, $4 before
-with replaced as (
-    insert into buffer.replacements (tenant, conversation, after, position)
-    select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
-    on conflict do nothing
-)
-update buffer.items i set data = null
-from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) as cut (tenant, conversation, after, before)
-where i.tenant = cut.tenant and i.conversation = cut.conversation
-  and i.position > cut.after and i.position < cut.before and i.data is not null
 
 -- name: add_conversations
 -- $1 tenants, $2 conversations, $3 users, $4 times

@@ -9,12 +9,14 @@
 --         only if one is expected: the caller's lease token, or ""
 --         and for each item: id digest, body digest (8 bytes), header, payload
 --         The header ends open: the sequence of the conversation's unflushed item before it is added.
--- Reply the flushed-through sequence, the unflushed bytes, then for each operation one string:
+--         An erasure (kind "e") is an item without a payload.
+-- Reply the flushed-through sequence, then for each operation one string:
 --         "<seq>"           appended; its items are seq, seq+1, ...
 --         "d<seq>,<seq>.."  every id is known with the same body
 --         "c<i>,<i>.."      conflict: these items (1..) are known, with another body or only partly
 --         "p<seq>"          the last position is another one
 --         "l"               nothing here knows the last position; look it up under a lease
+--         "w"               an id is known from before an erasure that is not flushed yet: wait for it
 --
 -- Every check of an operation comes before its first write: a script has no rollback. The payload is
 -- opaque. Without the `#!lua` line Redis may let a script write past maxmemory; with it, one that
@@ -48,11 +50,19 @@ local known = call('HMGET', KEYS[3], unpack(digests))
 local older = call('HMGET', KEYS[4], unpack(digests))
 
 local stream, star, skip = KEYS[1], epoch .. '-*', #epoch + 2
-local reply = { shard[2], shard[3] }
+local reply = { shard[2] }
 local fresh, tails = {}, {}          -- what this very call added: id to value, conversation to last sequence
 local window, windowed = {}, 0       -- field, value pairs to be written
 local changes, changed = { 'bytes', '' }, 2
-local bytes = tonumber(shard[3])
+local bytes, mark = tonumber(shard[3]), tonumber(shard[2])
+
+-- Where the conversation was last erased, if within the window: kept with the ids, as long as they are.
+local function erased(conversation)
+  local field = '!' .. conversation
+  local at = fresh[field] or call('HGET', KEYS[3], field) or call('HGET', KEYS[4], field)
+  return at and tonumber(at)
+end
+
 local item, operation = 0, 4
 at = 3
 while at <= argc do
@@ -65,10 +75,17 @@ while at <= argc do
   operation = operation + 1
   local last = tails[conversation] or shard[operation]
 
-  local seen, clash = nil, nil
+  local seen, clash, wait = nil, nil, false
   for i = at, at + 4 * n - 4, 4 do
     item = item + 1
     local value = fresh[A[i]] or known[item] or older[item]
+    if value then
+      local floor = erased(conversation)
+      if floor and tonumber(sub(value, 9)) < floor then
+        wait = wait or floor > mark
+        value = nil
+      end
+    end
     if value then
       if sub(value, 1, 8) == A[i + 1] then
         seen = seen or {}
@@ -81,7 +98,9 @@ while at <= argc do
   end
 
   local answer
-  if clash or (seen and #seen < n) then
+  if wait then
+    answer = 'w'
+  elseif clash or (seen and #seen < n) then
     answer = 'c' .. table.concat(clash or {}, ',')
   elseif seen then
     answer = 'd' .. table.concat(seen, ',')
@@ -102,6 +121,12 @@ while at <= argc do
       window[windowed + 2] = value
       windowed = windowed + 2
       bytes = bytes + #header + #payload
+      if payload == '' and sub(header, 1, 4) == '1/e/' then
+        window[windowed + 1] = '!' .. conversation
+        window[windowed + 2] = last
+        windowed = windowed + 2
+        fresh['!' .. conversation] = last
+      end
     end
     tails[conversation] = last
     changes[changed + 1] = conversation
@@ -109,7 +134,7 @@ while at <= argc do
     changed = changed + 2
   end
   at = at + 4 * n
-  reply[operation - 2] = answer
+  reply[operation - 3] = answer
 end
 
 if windowed > 0 then

@@ -1,0 +1,85 @@
+"""Removals and erasures, within a transaction of the caller.
+
+What is removed stays as a stub, which keeps its id from being used again; what is erased is gone, but for a
+tombstone. Neither holds content. Every way into the tables looks at both, so that nothing comes back.
+
+The caller holds the shard's row locked: what is placed or set aside at the same moment waits, or is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+from buffer.store import queries
+from buffer.store.pool import Connection, Database, translated
+
+_SQL = queries.load("removals")
+
+_PAGE = 50
+
+
+class Cut(NamedTuple):
+    """The entry at ``position`` removes the items between two positions, both excluded.
+
+    ``item_id``: it deletes that item alone.
+    """
+
+    tenant: str
+    conversation: str
+    position: int
+    after: int
+    before: int
+    item_id: str | None
+
+
+class Erasure(NamedTuple):
+    """Everything of a conversation up to a position is erased."""
+
+    tenant: str
+    conversation: str
+    through: int
+
+
+async def remove(connection: Connection, cuts: Sequence[Cut]) -> set[int]:
+    """Remove items; the positions of those cuts that were new."""
+    tenants, conversations, positions, after, before, ids = zip(*cuts, strict=True)
+    with translated():
+        await connection.execute(_SQL["lock_conversations"], tenants, conversations)
+        new = await connection.fetch(
+            _SQL["add_removals"], tenants, conversations, positions, after, before, ids
+        )
+        # Letters before items: a retry of one holds it locked until its item is there.
+        await connection.execute(_SQL["remove_letters"], tenants, conversations, after, before)
+        await connection.execute(_SQL["remove_items"], tenants, conversations, after, before)
+    return {row["position"] for row in new}
+
+
+async def erase(connection: Connection, erasures: Sequence[Erasure]) -> set[Erasure]:
+    """Erase conversations up to a position; which of the erasures were new."""
+    last: dict[tuple[str, str], int] = {}
+    for tenant, conversation, through in erasures:
+        last[tenant, conversation] = max(through, last.get((tenant, conversation), 0))
+    tenants, conversations = zip(*last, strict=True)
+    columns = (tenants, conversations, list(last.values()))
+    with translated():
+        await connection.execute(_SQL["lock_conversations"], tenants, conversations)
+        new = await connection.fetch(_SQL["add_tombstones"], *columns)
+        for table in ("letters", "items", "removals", "conversations"):
+            await connection.execute(_SQL[f"erase_{table}"], *columns)
+    raised = {(r["tenant"], r["conversation"]) for r in new}
+    return {erasure for erasure in erasures if erasure[:2] in raised}
+
+
+async def erasable_conversations(database: Database, tenant: str, user: str) -> AsyncIterator[list[str]]:
+    """Note that the user is erased, and go once through the user's conversations, in pages of ids."""
+    async with database.transaction() as connection:
+        await connection.execute(_SQL["add_user_tombstone"], tenant, user)
+    after = ""
+    while True:
+        async with database.connection() as connection:
+            rows = await connection.fetch(_SQL["user_conversations"], tenant, user, after, _PAGE)
+        if not rows:
+            return
+        yield [row["conversation"] for row in rows]
+        after = rows[-1]["conversation"]
