@@ -103,6 +103,13 @@ DEFINITIONS: tuple[Definition, ...] = (
         "Times that a store was found to be another one, or an older one, than before.",
         ("store",),
     ),
+    Definition(
+        "counter",
+        "buffer_cache_requests_total",
+        "Reads of cached context by how they ended: `hit`, `shared` (somebody else filled it), `miss` (filled"
+        " by this read), `beyond` (more than the cache holds).",
+        ("type", "tier", "outcome"),
+    ),
     Definition("gauge", "buffer_dead_letter_turns", "Dead letters that wait for somebody to act."),
     Definition("gauge", "buffer_missing_processes", "Silent processes that may hold acked items."),
     # --- everywhere
@@ -128,8 +135,10 @@ class Tally(Collector):
         self._definition = definition
         self._counts: dict[tuple[str, ...], int] = {}
         self._bounds = definition.buckets
-        self._buckets = [0] * (len(definition.buckets) + 1)
-        self._sum = 0.0
+        self._buckets: dict[tuple[str, ...], list[int]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
+        if definition.kind == "histogram" and not definition.labels:
+            self.observe(0.0, amount=0)
 
     def inc(self, labels: tuple[str, ...], amount: int) -> None:
         """Count under these label values."""
@@ -139,10 +148,15 @@ class Tally(Collector):
         """Take over a count that is kept elsewhere."""
         self._counts[labels] = total
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, labels: tuple[str, ...] = (), amount: int = 1) -> None:
         """Put a value into its bucket."""
-        self._buckets[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        try:
+            self._buckets[labels][bisect_left(self._bounds, value)] += amount
+            self._sums[labels] += value
+        except KeyError:
+            self._sums[labels] = 0.0
+            self._buckets[labels] = [0] * (len(self._bounds) + 1)
+            self.observe(value, labels, amount)
 
     def collect(self) -> Iterator[Metric]:
         """The samples, as the client library asks for them."""
@@ -153,14 +167,19 @@ class Tally(Collector):
                 counter.add_metric(labels, count)
             yield counter
             return
+        histogram = HistogramMetricFamily(definition.name, definition.help, labels=definition.labels)
         bounds = [*map(str, map(float, definition.buckets)), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._buckets), strict=True))
-        yield HistogramMetricFamily(definition.name, definition.help, buckets=buckets, sum_value=self._sum)
+        for labels, counts in self._buckets.copy().items():
+            buckets = list(zip(bounds, accumulate(counts), strict=True))
+            histogram.add_metric(labels, buckets, self._sums[labels])
+        yield histogram
 
 
 _TALLIES = {
     "buffer_appends_total",
     "buffer_append_duration_seconds",
+    "buffer_read_duration_seconds",
+    "buffer_cache_requests_total",
     "buffer_lost_turns_total",
     "buffer_incarnation_changes_total",
 }

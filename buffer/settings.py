@@ -102,6 +102,20 @@ class Settings(BaseSettings):
     max_batch_bytes: int = Field(4 << 20, ge=1024, description="All items of one append together.")
     max_batch_items: int = Field(500, ge=1, le=MOST_BATCH_ITEMS, description="Items of one append.")
 
+    view_max_bytes: int = Field(
+        64 << 10,
+        ge=0,
+        le=16 << 20,
+        description="What the cached view of one conversation holds in Redis at the most; 0: no views.",
+    )
+    view_max_items: int = Field(
+        100, ge=1, le=1_000, description="The newest items that a view keeps when it is cut back."
+    )
+    cache_ttls: dict[str, float] = Field(
+        {"conversation": 900.0},
+        description="Seconds for which a cached type is kept, as a JSON object; others keep their default.",
+    )
+
     flush_interval_seconds: float = Field(
         0.5, gt=0, description="The oldest unflushed item is flushed after this."
     )
@@ -159,6 +173,18 @@ class Settings(BaseSettings):
         description="Postgres is behind a transaction pooler such as pgbouncer: no prepared statements.",
     )
     postgres_pool_max: int = Field(8, ge=2, description="Postgres connections of one process.")
+
+    @property
+    def conversation_ttl_seconds(self) -> float:
+        """How long a conversation's view lives after it was read or begun."""
+        return self.cache_ttls.get("conversation", 900.0)
+
+    @field_validator("cache_ttls")
+    @classmethod
+    def _are_positive(cls, ttls: dict[str, float]) -> dict[str, float]:
+        if any(ttl <= 0 for ttl in ttls.values()):
+            raise ValueError("each must be a positive number of seconds")
+        return ttls
 
     @field_validator("redis_url", "postgres_url")
     @classmethod

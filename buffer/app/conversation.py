@@ -113,16 +113,18 @@ class Conversation:
         _check_count(turns, "turns")
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise InvalidRequest("tokens must be a positive number", param="tokens")
-        reader = self._runtime.reader
-        read = await reader.newest(self.tenant, self.id, turns)
+        read = await self._runtime.view_reader.newest(self.tenant, self.id, turns)
         items, complete = read.items, read.complete
         if pin_system and read.more:
-            first = await reader.oldest(self.tenant, self.id, 1)
-            complete &= first.complete
-            items = [*(item for item in first.items if is_system(item)), *items]
+            first = [read.first] if read.first else []
+            if not first:
+                oldest = await self._runtime.reader.oldest(self.tenant, self.id, 1)
+                complete &= oldest.complete
+                first = oldest.items
+            items = [*(item for item in first if is_system(item)), *items]
         kept = select(items, turns=turns, tokens=tokens, count=count, pin_system=pin_system)
         chosen = [*items[: kept.pinned], *items[kept.first :]]
-        return Context(chosen, read.last_position, complete, over_budget=kept.over)
+        return Context(chosen, read.last_position, complete, read.summary, over_budget=kept.over)
 
     async def items(
         self,
@@ -179,7 +181,7 @@ class Conversation:
         limit = self._runtime.settings.append_timeout_seconds if timeout is None else timeout
         deadline = time.monotonic() + limit
         while True:
-            read = await self._runtime.reader.newest(self.tenant, self.id, 1)
+            read = await self._runtime.view_reader.newest(self.tenant, self.id, 1)
             if not read.items:
                 if not read.complete:
                     raise Unavailable("a part of the conversation cannot be reached", retry_after=1.0)

@@ -21,6 +21,7 @@ from buffer.metrics import Metrics
 from buffer.model.position import pack
 from buffer.path.member import Member
 from buffer.read.reader import Reader
+from buffer.read.views import ViewReader
 from buffer.settings import Settings
 from buffer.store.items import ItemReader
 from buffer.store.migrate import Migration, check_schema, migrate
@@ -33,6 +34,7 @@ from buffer.stream.grants import Grants
 from buffer.stream.link import Calls, LinkLost
 from buffer.stream.marks import Marks
 from buffer.stream.shards import Shards
+from buffer.stream.views import Views
 
 _C = TypeVar("_C", bound=Coalescer)
 
@@ -91,6 +93,11 @@ class Runtime:
         self.paths = PathMoves(self._path_database)
         self.calls = Calls(self.client.link(lambda: self.member.run_id))
         self.shards = Shards(self.calls, settings.key_prefix, settings.shards, self.flusher_id)
+        # Reads travel alone: what a flusher fetches would hold them up.
+        self.read_calls = Calls(self.client.link(lambda: self.member.run_id))
+        self.views = Views(
+            self.read_calls, self.shards.keys, self.flusher_id, settings.conversation_ttl_seconds
+        )
         self.marks = Marks(self.client, self.shards)
         self.items = ItemReader(self.database)
         self.member = Member(
@@ -110,7 +117,10 @@ class Runtime:
             self.metrics,
         )
         self.reader = Reader(
-            self.shards, self.member, self.items, self.metrics, settings.append_timeout_seconds
+            self.shards, self.views, self.member, self.items, self.metrics, settings.append_timeout_seconds
+        )
+        self.view_reader = ViewReader(
+            settings, self.reader, self.views, self.member, self.items, self.metrics
         )
         self.metrics["append_queue_depth"].set_function(lambda: self.coalescer.operations)
         self.metrics["retained_turns"].set_function(lambda: self.member.retention.turns)
@@ -147,6 +157,7 @@ class Runtime:
             runtime.metrics["schema_version"].set(await check_schema(runtime.database, settings.shards))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(runtime.calls.run)
+                tasks.start_soon(runtime.read_calls.run)
                 tasks.start_soon(runtime.marks.run)
                 tasks.start_soon(runtime.member.run)
                 tasks.start_soon(runtime.capacity.run)

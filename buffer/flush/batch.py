@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,7 +16,7 @@ from buffer.store.shards import Advance, Owned
 from buffer.stream.shards import RawEntry, Settlement
 
 # One settle script touches this many entries: Redis does nothing else meanwhile.
-SETTLE_STEP = 500
+SETTLE_STEP = 250
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -71,6 +72,13 @@ def decode(entries: Iterable[RawEntry]) -> tuple[list[Entry], UnknownRecordForma
     return decoded, None
 
 
+class Written(NamedTuple):
+    """What the commit of a batch showed: conversations that begin with it, and those with misfits."""
+
+    begun: set[bytes]
+    misfits: set[bytes]
+
+
 @dataclass(slots=True)
 class ShardBatch:
     """Consecutive entries of one shard, from just after ``before``.
@@ -115,17 +123,31 @@ class ShardBatch:
             return {}
         return {e.conversation_key: e.sequence for e in self.fresh() if e.kind == ERASE}
 
-    def settlements(self) -> list[Settlement]:
-        """The steps by which Redis forgets the batch."""
+    def settlements(self, written: Written) -> list[Settlement]:
+        """The steps by which the batch leaves the tails and enters the views."""
         steps = []
         before = self.before
+        begun = set(written.begun)
+        dropped = self._not_as_they_are() | written.misfits
         for at in range(0, len(self.entries), SETTLE_STEP):
             part = self.entries[at : at + SETTLE_STEP]
             conversations = list(dict.fromkeys(entry.conversation_key for entry in part))
             nbytes = sum([len(entry.header) + len(entry.data) for entry in part])
-            steps.append(Settlement(before, part[-1].sequence, nbytes, conversations))
+            views = "".join("x" if key in dropped else "n" if key in begun else "a" for key in conversations)
+            steps.append(Settlement(before, part[-1].sequence, nbytes, conversations, views.encode()))
             before = part[-1].sequence
+            begun.difference_update(conversations)
         return steps
+
+    def _not_as_they_are(self) -> set[bytes]:
+        """Conversations whose entries do not simply follow what a view holds.
+
+        Those that remove; and those that somebody else committed, who knows what became of them.
+        """
+        keys = {e.conversation_key for e in self.entries if e.sequence <= self.committed}
+        if not self.plain:
+            keys |= {e.conversation_key for e in self.entries if e.cut is not None or e.kind != ITEM}
+        return keys
 
     def cuts(self) -> list[tuple[Entry, Removal]]:
         """The entries that remove items. A repeat removes nothing, nor does what is erased."""
@@ -155,6 +177,7 @@ class Batch:
     parts: list[ShardBatch]
     full: bool
     fetched_at: float
+    written: Written = field(default_factory=lambda: Written(set(), set()))
     fresh: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 import anyio
 
@@ -39,7 +40,7 @@ from buffer.store.pool import Database
 from buffer.store.shards import Owned, ShardStore
 from buffer.stream.client import RedisClient
 from buffer.stream.grants import Grants
-from buffer.stream.shards import RawEntry, Shards
+from buffer.stream.shards import RawEntry, Shards, ViewLimits
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +94,11 @@ class Flusher:
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
         self._ledger = LossLedger(database)
+        self._view_limits = ViewLimits(
+            int(settings.conversation_ttl_seconds * 1000) if settings.view_max_bytes else 0,
+            settings.view_max_bytes,
+            settings.view_max_items,
+        )
         self._failures = 0
         self._path_moved = False
 
@@ -358,7 +364,7 @@ class Flusher:
 
     async def _commit(self, batch: Batch) -> None:
         if batch.fresh:
-            await self._writer.write(batch)
+            batch.written = await self._writer.write(batch)
             crash_point("flush.committed")
             self._metrics["flushed_turns_total"].inc(batch.fresh)
             self._metrics["flush_batch_turns"].observe(batch.fresh)
@@ -371,11 +377,14 @@ class Flusher:
 
     async def _settle(self, batch: Batch) -> None:
         for part in batch.parts:
-            steps = part.settlements()
+            steps = part.settlements(batch.written)
+            settle = partial(
+                self._shards.settle, part.owned.shard, part.owned.path_epoch, views=self._view_limits
+            )
             if armed == "flush.between_settles":
-                await self._shards.settle(part.owned.shard, part.owned.path_epoch, steps[:1])
+                await settle(steps[:1])
                 crash_point("flush.between_settles")
-            mark = await self._shards.settle(part.owned.shard, part.owned.path_epoch, steps)
+            mark = await settle(steps)
             cursor = self._holdings.cursors.get(part.owned.shard)
             if cursor is not None:
                 cursor.waiting_since = None

@@ -31,6 +31,16 @@ class Misfits:
         """This entry is not written as a row."""
         self.left_out.setdefault(part.owned.shard, set()).add(entry.sequence)
 
+    def conversations(self, batch: Batch) -> set[bytes]:
+        """The conversations that they belong to."""
+        return {
+            entry.conversation_key
+            for part in batch.parts
+            if (sequences := self.left_out.get(part.owned.shard))
+            for entry in part.entries
+            if entry.sequence in sequences
+        }
+
     def fitting(self, batch: Batch) -> Batch:
         """The batch without them; they still count as flushed."""
         return batch.without({shard: frozenset(found) for shard, found in self.left_out.items()})

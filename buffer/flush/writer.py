@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from buffer.errors import BufferError
 from buffer.faults import crash_halfway
-from buffer.flush.batch import Batch, ShardBatch
+from buffer.flush.batch import Batch, ShardBatch, Written
 from buffer.flush.misfits import find_misfits
 from buffer.metrics import Metrics
+from buffer.model.ids import conversation_key
 from buffer.model.record import decode_entry
 from buffer.store import dead_letters, items, removals
 from buffer.store.items import NewConversation
@@ -45,7 +46,7 @@ class Writer:
         self._metrics = metrics
         self._known: dict[int, tuple[tuple[int, int], dict[bytes, bool]]] = {}
 
-    async def write(self, batch: Batch) -> None:
+    async def write(self, batch: Batch) -> Written:
         """Commit the batch, whole.
 
         Raises:
@@ -55,15 +56,19 @@ class Writer:
         """
         found = self._new_conversations(batch)
         new = [conversation for part in found.values() for conversation in part.values()]
+        misfits: set[bytes] = set()
         try:
             async with self._database.transaction() as connection:
                 await _erase(connection, batch)
-                await self._write(connection, batch, new)
+                begun = await self._write(connection, batch, new)
         except (DuplicateRows, BadRows):
-            await self._write_what_fits(batch, new)
+            begun, misfits = await self._write_what_fits(batch, new)
         self._remember(found)
+        return Written(begun, misfits)
 
-    async def _write_what_fits(self, batch: Batch, new: Sequence[NewConversation]) -> None:
+    async def _write_what_fits(
+        self, batch: Batch, new: Sequence[NewConversation]
+    ) -> tuple[set[bytes], set[bytes]]:
         """A COPY is all or nothing: once more, without what made it fail."""
         async with self._database.transaction() as connection:
             await _erase(connection, batch)
@@ -71,26 +76,29 @@ class Writer:
             if misfits.letters:
                 await dead_letters.add(connection, misfits.letters)
             try:
-                await self._write(connection, misfits.fitting(batch), new)
+                begun = await self._write(connection, misfits.fitting(batch), new)
             except (DuplicateRows, BadRows) as error:
                 raise StoreRefused(f"{error}; it will be looked up once more") from error
         self._metrics["repeated_turns_total"].inc(misfits.equal_repeats)
         self._metrics["dead_lettered_turns_total"].inc(len(misfits.letters))
         for letter in misfits.letters:
             _log.error("dead letter, position %d: %s", letter.position, letter.reason)
+        return begun, misfits.conversations(batch)
 
-    async def _write(self, connection: Connection, batch: Batch, new: Sequence[NewConversation]) -> None:
+    async def _write(
+        self, connection: Connection, batch: Batch, new: Sequence[NewConversation]
+    ) -> set[bytes]:
         rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
         await items.copy_encoded(connection, rows, self._database.timeout_seconds)
         if cuts := batch.cuts():
             await removals.remove(connection, cuts)
-        if new:
-            await items.add_conversations(connection, new)
+        begun = await items.add_conversations(connection, new) if new else set()
         moves = batch.advances()
         moved = await advance(connection, self._flusher, self._lease_seconds, moves)
         fenced = {move.shard for move in moves} - moved
         if fenced:
             raise Fenced(fenced)
+        return {conversation_key(*identity).encode() for identity in begun}
 
     def _new_conversations(self, batch: Batch) -> dict[int, dict[bytes, NewConversation]]:
         """By shard, the conversations that may have no row yet, or whose user was not known before."""

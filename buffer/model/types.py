@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -28,20 +28,46 @@ class Receipt(msgspec.Struct, frozen=True, gc=False):
     duplicate: bool = False
 
 
+_bare, _update = dict.__new__, dict.update
+
+
 class Item(dict[str, Any]):
     """An item exactly as it was appended; its id, position and time are attributes, never keys."""
 
-    __slots__ = ("created_at", "id", "position")
+    __slots__ = ("_created_at", "id", "position")
 
     id: str
     position: int
-    created_at: datetime | None
 
-    def __init__(self, value: dict[str, Any], *, id: str, position: int, created_at: datetime | None) -> None:  # noqa: A002 - the contract's name
+    def __init__(
+        self,
+        value: dict[str, Any],
+        *,
+        id: str,  # noqa: A002 - the contract's name
+        position: int,
+        created_at: datetime | int,
+    ) -> None:
         super().__init__(value)
         self.id = id
         self.position = position
-        self.created_at = created_at
+        self._created_at = created_at
+
+    @classmethod
+    def of(cls, value: dict[str, Any], item_id: str, position: int, created_ms: int) -> Self:
+        """The same in a third of the time: a read makes twenty."""
+        item = _bare(cls)
+        _update(item, value)
+        item.id = item_id
+        item.position = position
+        item._created_at = created_ms  # noqa: SLF001 - its own class
+        return item
+
+    @property
+    def created_at(self) -> datetime:
+        """When the item was accepted."""
+        if isinstance(self._created_at, int):  # Unix milliseconds, as a view keeps them
+            self._created_at = datetime.fromtimestamp(self._created_at / 1000, UTC)
+        return self._created_at
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,17 +104,19 @@ class Erased:
     through: int
 
 
-@dataclass(slots=True, frozen=True)
-class Slice:
+class Slice(msgspec.Struct, frozen=True):
     """Items of one read, oldest first; ``more`` if a limit cut others off.
 
     ``last_position`` is the conversation's, removed items and removals included: what ``if_match`` compares.
+    ``first`` is the conversation's first item, if it is at hand.
     """
 
     items: list[Item]
     more: bool
     complete: bool
     last_position: int | None = None
+    summary: Summary | None = None
+    first: Item | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -69,6 +69,8 @@ class Selection:
 
 def possible_cuts(items: Sequence[Item]) -> list[int]:
     """Indexes at which a prompt may begin, ascending; the last one is ``len(items)``."""
+    if not any(map(_may_bind, items)):
+        return list(range(len(items) + 1))
     called_at: dict[str, int] = {}
     # For each item, the earliest item that must be kept with it.
     needs = list(range(len(items)))
@@ -125,6 +127,11 @@ def select(
         best = first
     first = cuts[-1] if best is None else best
     return Selection(first, pinned=pinnable and first > 0, over=best is None)
+
+
+def _may_bind(item: Item) -> bool:
+    """Whether an item may have to stay with others: anything but a plain message."""
+    return item.get("type", "message") != "message" or item.get("role") == "tool" or "tool_calls" in item
 
 
 def _calls(item: Item) -> list[str]:

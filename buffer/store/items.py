@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
+import asyncpg
+
+from buffer.model.types import Summary
 from buffer.policy.merge import Pending
 from buffer.store import copy_format, queries
 from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, bounded, translated
@@ -79,6 +82,16 @@ class Slice:
     last_position: int | None
 
 
+@dataclass(slots=True, frozen=True)
+class Snapshot:
+    """A conversation's newest items, and what else a view of it holds. ``more``: there are older ones."""
+
+    slice: Slice
+    more: bool
+    first: StoredItem | None
+    summary: Summary | None
+
+
 class ItemReader:
     """Reads of one conversation at a time."""
 
@@ -109,19 +122,35 @@ class ItemReader:
                 [item_id for _, item_id in removing],
                 [p.item_id for p in pending if p.item_id is not None],
             )
-        return Slice(
-            rows[0]["path_epoch"],
-            rows[0]["mode"],
-            rows[0]["flushed_through"],
-            [
-                StoredItem(r["position"], r["item_id"], r["created_at"], r["data"])
-                for r in rows
-                if r["position"] is not None
-            ],
-            frozenset(rows[0]["known"]),
-            not rows[0]["incomplete"],
-            rows[0]["last_position"],
-        )
+        return _slice(rows)
+
+    async def snapshot(
+        self, where: Where, needed: int, most_items: int, most_bytes: int, pending: Sequence[str]
+    ) -> Snapshot:
+        """The newest items, newest first: all that are needed, and more as far as they fit into a view.
+
+        Unflushed removals are not applied; ``pending`` are the unflushed ids, of which ``known`` tells.
+        """
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                _SQL["snapshot"],
+                where.tenant,
+                where.conversation,
+                where.shard,
+                pending,
+                needed,
+                most_items,
+                most_bytes,
+            )
+        top = rows[0]
+        stored = _slice(rows)
+        first = None
+        if top["first_data"] is not None:
+            first = StoredItem(
+                top["first_position"], top["first_id"], top["first_created_at"], top["first_data"]
+            )
+        more = top["looked_at"] is not None and top["looked_at"] > len(stored.items)
+        return Snapshot(stored, more, first, None)
 
     async def last_position(self, tenant: str, conversation: str) -> int | None:
         """The conversation's last position in Postgres, removed items and removals included."""
@@ -151,6 +180,23 @@ class ItemReader:
         async with self._database.connection() as connection:
             rows = await connection.fetch(_SQL["positions"], tenant, conversation, item_ids)
         return {r["item_id"]: (r["position"], r["removed"]) for r in rows}
+
+
+def _slice(rows: Sequence[asyncpg.Record]) -> Slice:
+    top = rows[0]
+    return Slice(
+        top["path_epoch"],
+        top["mode"],
+        top["flushed_through"],
+        [
+            StoredItem(r["position"], r["item_id"], r["created_at"], r["data"])
+            for r in rows
+            if r["position"] is not None
+        ],
+        frozenset(top["known"]),
+        not top["incomplete"],
+        top["last_position"],
+    )
 
 
 async def copy_rows(connection: Connection, rows: Iterable[Row]) -> None:
@@ -224,7 +270,8 @@ async def present(connection: Connection, ids: Sequence[Identity]) -> dict[Ident
     return {(r["tenant"], r["conversation"], r["item_id"]): (r["position"], r["data"]) for r in rows}
 
 
-async def add_conversations(connection: Connection, new: Sequence[NewConversation]) -> None:
-    """Record conversations; one that is known only gains a user if it had none."""
+async def add_conversations(connection: Connection, new: Sequence[NewConversation]) -> set[tuple[str, str]]:
+    """Record conversations; one that is known only gains a user if it had none. Which were not known."""
     with translated():
-        await connection.execute(_SQL["add_conversations"], *zip(*new, strict=True))
+        rows = await connection.fetch(_SQL["add_conversations"], *zip(*new, strict=True))
+    return {(r["tenant"], r["conversation"]) for r in rows if r["added"]}

@@ -92,7 +92,7 @@ class Grants:
         (reply,) = await self._call(
             script_call(
                 scripts.GRANT,
-                (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases, keys.managers),
+                (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases, keys.fills, keys.managers),
                 (
                     b"%d" % epoch,
                     fence.encode(),

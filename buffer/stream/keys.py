@@ -16,13 +16,15 @@ class ShardKeys:
                                        its last unflushed entry; or, without a grant, the ``fence``
     ``buffer:{3}:ids`` .old    hash    idempotency window: id digest to body digest and sequence
     ``buffer:{3}:leases``      hash    who looks a conversation up in Postgres
+    ``buffer:{3}:fills``       hash    who fills a conversation's view from Postgres
     ``buffer:{3}:managers``    hash    which of the processes' questions each path manager has answered
+    ``buffer:{3}:view:...``    string  a conversation's view, see `buffer.stream.views`
     =========================  ======  =============================================================
 
-    None has a TTL: an eviction policy of ``volatile-*`` cannot touch them.
+    Only views have a TTL: an eviction policy of ``volatile-*`` cannot touch the rest.
     """
 
-    __slots__ = ("ids", "ids_old", "leases", "managers", "shard", "stream")
+    __slots__ = ("_view", "fills", "ids", "ids_old", "leases", "managers", "shard", "stream")
 
     def __init__(self, prefix: str, shard: int) -> None:
         tag = f"{prefix}:{{{shard}}}:".encode()
@@ -31,7 +33,13 @@ class ShardKeys:
         self.ids = tag + b"ids"
         self.ids_old = tag + b"ids.old"
         self.leases = tag + b"leases"
+        self.fills = tag + b"fills"
         self.managers = tag + b"managers"
+        self._view = tag + b"view:"
+
+    def view(self, epoch: int, conversation: bytes) -> bytes:
+        """The key of a conversation's view in an epoch of the path."""
+        return b"%b%d:%b" % (self._view, epoch, conversation)
 
 
 def member_field(process: str) -> bytes:

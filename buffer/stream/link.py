@@ -8,7 +8,7 @@ ever read a reply that belongs to somebody else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hiredis
@@ -214,9 +214,25 @@ class Calls:
         self._most_waiting = most_waiting
         self._waiting: _Waiting = []
         self._wakeup = asyncio.Event()
+        self._busy = False
         self._closed = False
 
-    def submit(self, commands: Sequence[Command]) -> Awaitable[list[Any]]:
+    async def call(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies of these commands: at once where nobody else is waiting, else as `submit` does.
+
+        Whoever gives up on the way takes the connection along: the next call makes a new one.
+        """
+        if self._busy or self._waiting or self._closed:
+            return await self.submit(commands)
+        self._busy = True
+        try:
+            return await self._round_trip(commands)
+        finally:
+            self._busy = False
+            if self._waiting:
+                self._wakeup.set()
+
+    def submit(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """The replies of these commands, in order; error replies are returned, not raised.
 
         Awaiting it raises `LinkLost` if the connection failed on the way.
@@ -236,8 +252,12 @@ class Calls:
             while True:
                 await self._wakeup.wait()
                 self._wakeup.clear()
-                while self._waiting:
-                    await self._serve()
+                while self._waiting and not self._busy:
+                    self._busy = True
+                    try:
+                        await self._serve()
+                    finally:
+                        self._busy = False
         finally:
             self._closed = True
             _fail(self._waiting, RedisUnavailable("this process is closing"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.exceptions import (
     ClusterDownError,
@@ -90,8 +90,7 @@ class Backlog:
     oldest_ms: int | None
 
 
-@dataclass(slots=True, frozen=True)
-class Tail:
+class Tail(NamedTuple):
     """A conversation's unflushed records, in order; ``older`` is where to go on for those before, if any.
 
     ``entries`` are the same as they stand in the stream; ``mark`` is the shard's flushed-through sequence.
@@ -105,12 +104,25 @@ class Tail:
 
 @dataclass(slots=True, frozen=True)
 class Settlement:
-    """Entries ``(before, after]`` of a shard, by conversation: what `Shards.settle` makes Redis forget."""
+    """Entries ``(before, after]`` of a shard, by conversation: what `Shards.settle` makes Redis forget.
+
+    ``views`` tells for each conversation what becomes of its view: ``a`` appended to, ``n`` begun if there
+    is none, ``x`` dropped.
+    """
 
     before: int
     after: int
     nbytes: int
     conversations: list[bytes]
+    views: bytes
+
+
+class ViewLimits(NamedTuple):
+    """How long views live, and how much they hold; ``ttl_ms`` 0: there are none."""
+
+    ttl_ms: int
+    most_bytes: int
+    most_items: int
 
 
 class Shards:
@@ -183,15 +195,22 @@ class Shards:
         )
         return [(entry_id, fields[1], fields[3]) for entry_id, fields in reply]
 
-    async def settle(self, shard: int, epoch: int, steps: Sequence[Settlement]) -> int:
-        """Forget what Postgres has, step by step in one round trip; the shard's mark afterwards."""
+    async def settle(self, shard: int, epoch: int, steps: Sequence[Settlement], views: ViewLimits) -> int:
+        """Move what Postgres has from the tails into the views, step by step in one round trip.
+
+        The shard's mark afterwards.
+        """
         keys = self.keys[shard]
+        limits = [b"%d" % limit for limit in views]
         commands: list[Command] = []
         for step in steps:
             marks = (b"%d" % epoch, b"%d" % step.before, b"%d" % step.after, b"%d" % step.nbytes)
+            view_keys = [keys.view(epoch, c) for c in step.conversations] if views.ttl_ms else ()
             commands.append(
                 script_call(
-                    scripts.SETTLE, (keys.stream, keys.shard, keys.leases), (*marks, *step.conversations)
+                    scripts.SETTLE,
+                    (keys.stream, keys.shard, keys.leases, keys.fills, *view_keys),
+                    (*marks, *limits, step.views, *step.conversations),
                 )
             )
         *_, mark = await self._call(*commands)
@@ -204,7 +223,7 @@ class Shards:
         (reply,) = await self._call(
             script_call(
                 scripts.ROTATE,
-                (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases),
+                (keys.stream, keys.shard, keys.ids, keys.ids_old, keys.leases, keys.fills),
                 (b"%d" % epoch, b"%d" % window_seconds),
             )
         )
@@ -246,9 +265,18 @@ class Shards:
             )
         )
         mark, go_on, *newest_first = reply
-        entries: list[RawEntry] = [(entry[0], entry[1], entry[2]) for entry in reversed(newest_first)]
-        try:
-            records = [decode_entry(*entry) for entry in entries]
-        except UnknownRecordFormat as error:
-            raise RedisUnavailable(f"a newer release wrote to this conversation: {error}") from error
-        return Tail(int(mark), records, entries, int(go_on) if go_on else None)
+        return tail_of(mark, go_on, newest_first)
+
+
+def tail_of(mark: bytes, go_on: bytes, newest_first: Sequence[Any]) -> Tail:
+    """The tail that a script's reply holds.
+
+    Raises:
+        RedisUnavailable: a newer release wrote to it.
+    """
+    entries: list[RawEntry] = [(entry[0], entry[1], entry[2]) for entry in reversed(newest_first)]
+    try:
+        records = [decode_entry(*entry) for entry in entries]
+    except UnknownRecordFormat as error:
+        raise RedisUnavailable(f"a newer release wrote to this conversation: {error}") from error
+    return Tail(int(mark), records, entries, int(go_on) if go_on else None)

@@ -46,7 +46,7 @@ class Shard:
         header = encode_header("t/c", item, None, 1_732_368_000_123, None, False)
         body = (id_digest("t/c", item), b"8 bytes.", header, data)
         where = (k.stream, k.shard, k.ids, k.ids_old, k.leases)
-        _, _, answer = await self._run(scripts.APPEND, where, epoch, f"@{who}", "t/c", 1, "", *body)
+        _, answer = await self._run(scripts.APPEND, where, epoch, f"@{who}", "t/c", 1, "", *body)
         return int(answer.lstrip(b"d"))
 
     async def tail(self, epoch: int = EPOCH, who: str = "p") -> list[bytes]:
@@ -75,12 +75,15 @@ class Shard:
         return (await self.grants.report({0: epoch}, who, {0: knew}))[0]
 
     async def settle(self, epoch: int = EPOCH, before: int = -1, after: int = 0) -> int:
-        where = (self.keys.stream, self.keys.shard, self.keys.leases)
-        return int(await self._run(scripts.SETTLE, where, epoch, before, after, 10, "t/c"))
+        k = self.keys
+        where = (k.stream, k.shard, k.leases, k.fills, k.view(epoch, b"t/c"))
+        views = (60_000, 4_096, 10, "n")
+        return int(await self._run(scripts.SETTLE, where, epoch, before, after, 10, *views, "t/c"))
 
     async def rotate(self, epoch: int = EPOCH) -> int:
         k = self.keys
-        return int(await self._run(scripts.ROTATE, (k.stream, k.shard, k.ids, k.ids_old, k.leases), epoch, 0))
+        where = (k.stream, k.shard, k.ids, k.ids_old, k.leases, k.fills)
+        return int(await self._run(scripts.ROTATE, where, epoch, 0))
 
     async def fence(self, epoch: int, nonce: str = "n") -> Fence:
         return await self.grants.fence(0, epoch, nonce)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,10 @@ REPOSITORY = Path(__file__).parents[2]
 def environment(settings: Settings, **more: str) -> dict[str, str]:
     """The environment in which a child process has exactly these settings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BUFFER_")}
-    given = {f"BUFFER_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+    given = {
+        f"BUFFER_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
+        for name, value in settings.model_dump().items()
+    }
     return {**inherited, **given, "PYTHONPATH": str(REPOSITORY), **more}
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from buffer.flush import batch as batch_module
-from buffer.flush.batch import SETTLE_STEP, Batch, ShardBatch, decode
+from buffer.flush.batch import SETTLE_STEP, Batch, ShardBatch, Written, decode
 from buffer.model.position import MAX_EPOCH, MAX_SEQUENCE, pack
 from buffer.model.record import DELETE, ERASE, ITEM, UnknownRecordFormat, encode_header, removal
 from buffer.store.items import Row
@@ -287,7 +287,7 @@ def test_settlements_cover_every_entry_exactly_once(
     part = part_of(entries, owned[shard], first + data.draw(st.integers(-1, len(entries) - 1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_module, "SETTLE_STEP", step_size)
-        settlements = part.settlements()
+        settlements = part.settlements(Written(set(), set()))
     assert [s.before for s in settlements] == [first - 1, *(s.after for s in settlements[:-1])]
     assert settlements[-1].after == part.through == first + len(entries) - 1
     for settlement in settlements:
@@ -299,14 +299,39 @@ def test_settlements_cover_every_entry_exactly_once(
 
 
 def test_a_settle_step_is_short_and_a_large_batch_takes_several() -> None:
-    """Redis does nothing else during a step: 1,201 entries of 1,201 conversations take three."""
+    """Redis does nothing else during a step: 701 entries of 701 conversations take three."""
     steps = [Step(0, ("t", f"c{number}"), None) for number in range(2 * SETTLE_STEP + 201)]
     part = part_of(entries_of(steps, 0, 1, 0), Owned(0, 1, 1, 0))
-    assert [(s.before, s.after, len(s.conversations)) for s in part.settlements()] == [
-        (-1, 499, 500),
-        (499, 999, 500),
-        (999, 1200, 201),
+    assert [(s.before, s.after, len(s.conversations)) for s in part.settlements(Written(set(), set()))] == [
+        (-1, 249, 250),
+        (249, 499, 250),
+        (499, 700, 201),
     ]
+
+
+def test_a_view_is_begun_once_appended_to_after_that_and_dropped_where_it_could_be_wrong() -> None:
+    """By what the commit showed; removals, misfits and what somebody else committed drop the whole view."""
+    names = {"new": ("t", "new"), "old": ("t", "old"), "cut": ("t", "cut"), "bad": ("t", "bad")}
+    steps = [Step(0, names[n], None) for n in ("cut", "old", "new", "bad")]
+    steps += [Step(0, names["cut"], 0), Step(0, names["new"], None), Step(0, ("t", "other"), None)]
+    part = part_of(entries_of(steps, 0, 1, 0), Owned(0, 1, 1, 0))
+    written = Written(begun={b"t/new", b"t/bad"}, misfits={b"t/bad"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_module, "SETTLE_STEP", 5)
+        found = [dict(zip(s.conversations, s.views.decode(), strict=True)) for s in part.settlements(written)]
+    assert found == [
+        {b"t/cut": "x", b"t/old": "a", b"t/new": "n", b"t/bad": "x"},
+        {b"t/new": "a", b"t/other": "a"},
+    ]
+    half = part_of(entries_of(steps, 0, 1, 0), Owned(0, 1, 1, 0), committed=1)
+    (step,) = half.settlements(Written(set(), set()))
+    assert dict(zip(step.conversations, step.views.decode(), strict=True)) == {
+        b"t/cut": "x",
+        b"t/old": "x",
+        b"t/new": "a",
+        b"t/bad": "a",
+        b"t/other": "a",
+    }
 
 
 # --- advances

@@ -23,7 +23,10 @@ def touch(metrics: Metrics, definition: Definition) -> None:
     """Give the metric one sample."""
     metric = metrics[definition.name.removeprefix("buffer_")]
     labels = ["x"] * len(definition.labels)
-    if isinstance(metric, Tally) and definition.kind == "counter":
+    if isinstance(metric, Tally) and definition.kind == "histogram":
+        metric.observe(1, ("x",) * len(definition.labels))
+        return
+    if isinstance(metric, Tally):
         metric.inc(tuple(labels), 1)
         return
     child = metric.labels(*labels) if labels else metric

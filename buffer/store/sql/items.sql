@@ -72,6 +72,49 @@ left join lateral (
 where s.shard = $6
 order by i.position
 
+-- name: snapshot
+-- What a view holds: the newest items, newest first, the first one if it is short, and as above. One row of
+-- NULLs where there are no items. `looked_at` counts the items up to one more than could be wanted.
+-- $1 tenant, $2 conversation, $3 shard, $4 ids that are not flushed yet, $5 items that are needed whatever
+-- their size, $6 most items, $7 most bytes
+select s.flushed_through, i.position, i.item_id, i.created_at, i.data, i.looked_at,
+    f.position as first_position, f.item_id as first_id, f.created_at as first_created_at,
+    f.data as first_data,
+    array(
+        select item_id from buffer.items
+        where tenant = $1 and conversation = $2 and item_id = any($4::text[])
+    ) as known,
+    exists (select from buffer.dead_letters where tenant = $1 and conversation = $2)
+        or exists (select from buffer.missing m where m.shard = s.shard) as incomplete,
+    s.path_epoch, s.mode,
+    greatest(
+        (select max(position) from buffer.items
+         where tenant = $1 and conversation = $2 and data is not null),
+        (select max(position) from buffer.removals where tenant = $1 and conversation = $2)
+    ) as last_position
+from buffer.shards s
+left join lateral (
+    select newest.*, row_number() over rows as n, count(*) over () as looked_at,
+        sum(pg_column_size(data)) over rows as bytes
+    from (
+        select position, item_id, created_at, data
+        from buffer.items
+        where tenant = $1 and conversation = $2 and data is not null
+        order by position desc
+        limit greatest($5::int, $6::int) + 1
+    ) newest
+    window rows as (order by position desc)
+) i on i.n <= $5 or (i.n <= $6 and i.bytes <= $7)
+left join lateral (
+    select position, item_id, created_at, data
+    from buffer.items
+    where tenant = $1 and conversation = $2 and data is not null
+    order by position
+    limit 1
+) f on i.n = 1 and pg_column_size(f.data) <= 8192
+where s.shard = $3
+order by i.position desc
+
 -- name: last_position
 -- The last position of a conversation, removed items included: what removed them came after them.
 -- $1 tenant, $2 conversation
@@ -109,3 +152,4 @@ order by 1, 2
 on conflict (tenant, conversation) do update
 set user_id = excluded.user_id
 where conversations.user_id is null and excluded.user_id is not null
+returning tenant, conversation, xmax = 0 as added

@@ -1,0 +1,221 @@
+"""The newest items of a conversation, from its cached view and its tail: one round trip to Redis.
+
+Where there is no view, Postgres is asked once and the view filled for all who come after: one read of this
+process and of all others fills it, the rest wait for that. See `buffer.stream.views` for why a view is
+never out of date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from buffer.errors import BufferError
+from buffer.metrics import Metrics, Tally
+from buffer.model.codec import decode_item
+from buffer.model.ids import conversation_key
+from buffer.model.position import epoch_of, sequence_of
+from buffer.model.record import Removal
+from buffer.model.types import Item, Slice, Summary
+from buffer.path.member import Member
+from buffer.policy.merge import newest_page, removals, unflushed, visible
+from buffer.read.reader import Reader, TailRead, from_tail, last_of
+from buffer.settings import Settings
+from buffer.store.items import ItemReader, Snapshot, StoredItem, Where
+from buffer.stream.shards import Refused
+from buffer.stream.views import Facts, View, ViewItem, Views, encode
+
+_log = logging.getLogger(__name__)
+
+_TAIL_CHUNK = 100
+_AGAIN_SECONDS = 0.005
+# For how long a read waits for the fill of another process, before it asks Postgres for itself.
+_WAIT_SECONDS = 0.25
+
+
+class ViewReader:
+    """Reads of newest items of this process, by views where there are any."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        reader: Reader,
+        views: Views,
+        member: Member,
+        items: ItemReader,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._reader = reader
+        self._views = views
+        self._member = member
+        self._items = items
+        self._requests: Tally = metrics["cache_requests_total"]
+        self._seconds: Tally = metrics["read_duration_seconds"]
+        self._filling: dict[str, asyncio.Future[None]] = {}
+
+    async def newest(self, tenant: str, conversation: str, limit: int) -> Slice:
+        """The newest ``limit`` items, oldest first, with the summary; and whether there are older ones.
+
+        Raises:
+            Unavailable: a store that is needed for the answer did not give it.
+        """
+        where = self._reader.where(tenant, conversation)
+        return await self._reader.while_the_path_moves(where.shard, lambda: self._newest(where, limit))
+
+    async def _newest(self, where: Where, limit: int) -> Slice:
+        began = time.perf_counter()
+        key = conversation_key(where.tenant, where.conversation)
+        deadline = began + _WAIT_SECONDS
+        view_most = limit + 1
+        outcome = "hit"
+        while self._settings.view_max_bytes:
+            state = await self._member.open(where.shard, self._settings.append_timeout_seconds)
+            if state.mode == "direct":
+                break
+            tail, view = await self._reader.tail_and_view(where, state.epoch, limit + 1, view_most)
+            if view is not None:
+                answer = self._merged(where, tail, view, limit)
+                if answer is not None:
+                    self._requests.inc(("conversation", "redis", outcome), 1)
+                    self._seconds.observe(time.perf_counter() - began, ("view",))
+                    return answer
+                if not view.older:
+                    break  # the view does not go back so far
+                view_most = self._settings.view_max_bytes  # all of it
+                continue
+            if (filling := self._filling.get(key)) is None:
+                filled = await self._fill(where, key, tail, limit)
+                if filled is not None:
+                    self._requests.inc(("conversation", "postgres", "miss"), 1)
+                    self._seconds.observe(time.perf_counter() - began, ("postgres",))
+                    return filled
+            elif outcome != "shared":
+                outcome = "shared"
+                await asyncio.wait([filling])
+                continue
+            if time.perf_counter() > deadline:
+                break
+            outcome = "shared"  # by another process, or once more by this one
+            await asyncio.sleep(_AGAIN_SECONDS)
+        self._requests.inc(("conversation", "postgres", "beyond"), 1)
+        return await self._reader.newest_of(where, limit)
+
+    def _merged(self, where: Where, tail: TailRead, view: View, limit: int) -> Slice | None:
+        """What view and tail say; None if that is not enough of the conversation."""
+        known = {item.id for item in view.items} if tail.pending else set()
+        pending = [p for p in tail.pending if p.position > view.facts.through and p.item_id not in known]
+        removed = removals(pending)
+        older = view.items if tail.whole else []
+        if removed:
+            older = [item for item in older if visible(item.position, removed)]
+        newer = unflushed(pending, 0)
+        reaches_back = view.whole and not view.older and tail.whole
+        if not reaches_back and len(older) + len(newer) <= limit:
+            return None
+        self._reader.show(where, tail)
+        page, more = newest_page(older[-limit - 1 :], [from_tail(tail, p) for p in newer], limit)
+        first = view.first
+        in_view = max(view.facts.last, view.items[-1].position if view.items else 0)
+        return Slice(
+            page,
+            more,
+            True,
+            last_of(tail, in_view, view.facts.through),
+            _standing(view.summary, removed),
+            first if first and visible(first.position, removed) else None,
+        )
+
+    async def _fill(self, where: Where, key: str, tail: TailRead, limit: int) -> Slice | None:
+        """Read Postgres and put the view in place; None if another process is at it."""
+        token = os.urandom(8).hex().encode()
+        done = self._filling[key] = asyncio.get_running_loop().create_future()
+        try:
+            if not await self._views.claim(where.shard, tail.epoch, key.encode(), token):
+                return None
+            if not tail.whole:
+                tail = await self._reader.tail_of(where)
+            snapshot = await self._items.snapshot(
+                where,
+                limit + 1,
+                self._settings.view_max_items,
+                self._settings.view_max_bytes,
+                [p.item_id for p in tail.pending if p.item_id is not None],
+            )
+            self._reader.check(where, tail, snapshot.slice)
+            await self._put(where, key.encode(), tail.epoch, token, snapshot)
+        finally:
+            del self._filling[key]
+            done.set_result(None)
+        return self._answer(tail, snapshot, limit)
+
+    async def _put(self, where: Where, key: bytes, epoch: int, token: bytes, snapshot: Snapshot) -> None:
+        """A view that could not be put in place is missing, and nothing else."""
+        stored = snapshot.slice
+        if not stored.complete:  # until somebody has acted, Postgres is asked
+            await self._views.drop(where.shard, epoch, [key])
+            return
+        flushed = sequence_of(stored.flushed_through) if epoch_of(stored.flushed_through) == epoch else -1
+        view = _view_of(snapshot, self._settings.view_max_bytes, self._settings.view_max_items)
+        try:
+            await self._views.fill(where.shard, epoch, key, token, flushed, view)
+        except Refused:
+            raise
+        except BufferError as error:
+            _log.debug("view not filled: %s", error)
+
+    def _answer(self, tail: TailRead, snapshot: Snapshot, limit: int) -> Slice:
+        stored = snapshot.slice
+        pending = [
+            p for p in tail.pending if p.position > stored.flushed_through and p.item_id not in stored.known
+        ]
+        removed = removals(pending)
+        rows = [row for row in reversed(stored.items) if visible(row.position, removed)]
+        newer = [from_tail(tail, p) for p in unflushed(pending, 0)]
+        page, more = newest_page([_from_row(row) for row in rows], newer, limit)
+        first = snapshot.first
+        return Slice(
+            page,
+            more or snapshot.more,
+            stored.complete,
+            last_of(tail, stored.last_position, stored.flushed_through),
+            _standing(snapshot.summary, removed),
+            _from_row(first) if first and visible(first.position, removed) else None,
+        )
+
+
+def _standing(summary: Summary | None, removed: Sequence[Removal]) -> Summary | None:
+    """The summary, unless something that it covers is being removed."""
+    if summary is not None and any(removal.after < summary.through for removal in removed):
+        return None
+    return summary
+
+
+def _view_of(snapshot: Snapshot, most_bytes: int, most_items: int) -> bytes:
+    """The view that a snapshot gives: the newest items that fit."""
+    kept: list[bytes] = []
+    nbytes = 0
+    for row in snapshot.slice.items:  # newest first
+        item = _encoded(row)
+        nbytes += len(item)
+        if len(kept) == most_items or nbytes > most_bytes:
+            break
+        kept.append(item)
+    return encode(
+        kept[::-1],
+        whole=not snapshot.more and len(kept) == len(snapshot.slice.items),
+        first=_encoded(snapshot.first) if snapshot.first else None,
+        facts=Facts(snapshot.slice.last_position or 0, snapshot.slice.flushed_through),
+        summary=snapshot.summary,
+    )
+
+
+def _encoded(row: StoredItem) -> bytes:
+    return ViewItem(row.position, row.item_id, row.created_at, row.data.encode()).encode()
+
+
+def _from_row(row: StoredItem) -> Item:
+    return Item(decode_item(row.data), id=row.item_id, position=row.position, created_at=row.created_at)

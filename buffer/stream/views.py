@@ -1,0 +1,217 @@
+"""Views: what a conversation's newest committed items and its summary look like in Redis, and how they move.
+
+The view of a conversation is one string, ``buffer:{3}:view:<epoch>:<tenant>/<conversation>``, with a TTL::
+
+    length front item item item ...   length: of the front, 8 digits
+    front  whole n first n facts n summary 000000,
+    item   [epoch,number,"item id",Unix ms,{...}],1nk,
+
+Each ``n`` is a length of 8 digits. The items together are a JSON array without its brackets, so that they are
+read at once; the number after each item holds its length, and its count in the view (``k``, 6 digits): so
+a script can walk from the newest one back. ``whole`` is 1 while the view begins with the conversation's first
+item; ``first`` is that item, if it is short enough. ``facts`` are what a fill knew besides, see `Facts`.
+
+Whatever is settled enters the views that are there in the same step (``scripts/settle.lua``), so a view
+holds the newest items up to the shard's flushed-through mark, always. Whoever fills one from Postgres
+holds a claim, which notes what was settled meanwhile. A view lives in one epoch of the path: another epoch
+has other keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from buffer.model.position import epoch_of, pack, sequence_of
+from buffer.model.types import Item, Summary
+from buffer.stream import scripts
+from buffer.stream.keys import ShardKeys, member_field
+from buffer.stream.link import Calls, script_call
+from buffer.stream.shards import Tail, checked, tail_of
+
+# A fill that takes longer is somebody else's to do again.
+CLAIM_SECONDS = 3.0
+
+_NUMBER = 8
+# The first item is kept at hand beside the newest ones, unless it is longer than this.
+_FIRST_MOST_BYTES = 8 << 10
+
+
+class ViewItem(NamedTuple):
+    """An item on its way into a view; ``data`` is its JSON."""
+
+    position: int
+    item_id: str
+    created_at: datetime
+    data: bytes
+
+    def encode(self) -> bytes:
+        """The item as it stands in a view, without the number after it."""
+        at, number = epoch_of(self.position), sequence_of(self.position)
+        name = msgspec.json.encode(self.item_id)
+        return b"[%d,%d,%b,%d,%b]" % (at, number, name, round(self.created_at.timestamp() * 1000), self.data)
+
+
+class Facts(NamedTuple):
+    """What the snapshot of a fill says of the whole conversation.
+
+    ``last``: its last position, removed items and removals included. ``through``: it has everything up to
+    there, so what the tail holds at or before it is in the view already, or removed.
+    """
+
+    last: int = 0
+    through: int = 0
+
+
+class View(msgspec.Struct, frozen=True, gc=False):
+    """A part of a view: its newest items, oldest first. ``older``: it holds more than were asked for."""
+
+    whole: bool
+    first: Item | None
+    facts: Facts
+    summary: Summary | None
+    items: list[Item]
+    older: bool
+
+
+def encode(
+    items: Sequence[bytes],
+    *,
+    whole: bool,
+    first: bytes | None,
+    facts: Facts,
+    summary: Summary | None,
+) -> bytes:
+    """A view as Redis keeps it; items oldest first, each as `ViewItem.encode` gives it."""
+    short = first is not None and len(first) <= _FIRST_MOST_BYTES
+    parts = [b"1" if whole else b"0"]
+    for text in ((first or b"") if short else b"", b"%d/%d" % facts, encode_summary(summary)):
+        parts += (b"%08d" % len(text), text)
+    parts.append(b"000000,")
+    front = b"".join(parts)
+    counted = (b"%b,1%08d%06d," % (item, len(item), n) for n, item in enumerate(items, 1))
+    return b"".join((b"%08d" % len(front), front, *counted))
+
+
+def encode_summary(summary: Summary | None) -> bytes:
+    """A summary as a view keeps it; empty for none."""
+    return msgspec.json.encode(summary) if summary else b""
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return json.loads(text)  # lone surrogates
+
+
+def _item(parts: list[Any]) -> Item:
+    epoch, number, item_id, created_ms, data = parts
+    return Item.of(data, item_id, pack(epoch, number), created_ms)
+
+
+def _decode_items(text: bytes) -> list[Item]:
+    """The items, oldest first."""
+    items = [_item(parts) for parts in _loads(b"[%b]" % text[:-1])[::2]]
+    last = -1
+    for item in items:
+        if item.position <= last:
+            # What a fill had already was settled after it, and stands there twice.
+            return sorted({item.position: item for item in items}.values(), key=lambda item: item.position)
+        last = item.position
+    return items
+
+
+def _decode(front: bytes, items: bytes, older: int) -> View:
+    at, texts = 1, []
+    for _ in range(3):
+        length = int(front[at : at + _NUMBER])
+        at += _NUMBER
+        texts.append(front[at : at + length])
+        at += length
+    first, facts, summary = texts
+    last, _, through = facts.partition(b"/")
+    return View(
+        front[:1] == b"1",
+        _item(_loads(first)) if first else None,
+        Facts(int(last), int(through)) if facts else Facts(),
+        msgspec.json.decode(summary, type=Summary) if summary else None,
+        _decode_items(items),
+        bool(older),
+    )
+
+
+class Views:
+    """The views of all shards, over calls of their own: reads do not wait for what a flusher moves."""
+
+    def __init__(self, calls: Calls, keys: Sequence[ShardKeys], process: str, ttl_seconds: float) -> None:
+        self._calls = calls
+        self._keys = keys
+        self._member = member_field(process)
+        self._ttl_seconds = ttl_seconds
+        self._ttl_ms = b"%d" % (ttl_seconds * 1000)
+
+    async def _call(self, script: scripts.Script, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
+        (reply,) = await self._calls.call([script_call(script, keys, args)])
+        return checked(reply)
+
+    async def read(
+        self, shard: int, epoch: int, conversation: bytes, tail_most: int, view_most: int
+    ) -> tuple[Tail, View | None]:
+        """The newest unflushed entries and the newest items of the view, as one picture."""
+        keys = self._keys[shard]
+        view_key = keys.view(epoch, conversation)
+        args = (b"%d" % epoch, conversation, b"%d" % tail_most, self._member, b"%d" % view_most)
+        mark, go_on, ttl_ms, front, items, older, *entries = await self._call(
+            scripts.READ, (keys.stream, keys.shard, view_key), args
+        )
+        view = _decode(front, items, older) if front else None
+        if view is not None and ttl_ms < 900 * self._ttl_seconds:
+            # Nobody waits for it: the read itself changes nothing, and goes on where Redis takes no writes.
+            touched = self._calls.submit([(b"PEXPIRE", view_key, self._ttl_ms)])
+            touched.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return tail_of(mark, go_on, entries), view
+
+    async def claim(self, shard: int, epoch: int, conversation: bytes, token: bytes) -> bool:
+        """Take the right to fill a view; False if somebody else has it."""
+        keys = self._keys[shard]
+        args = (b"%d" % epoch, conversation, token, b"%d" % (CLAIM_SECONDS * 1000), self._member)
+        return bool(await self._call(scripts.CLAIM, (keys.shard, keys.fills), args))
+
+    async def fill(
+        self, shard: int, epoch: int, conversation: bytes, token: bytes, flushed: int, view: bytes
+    ) -> bool:
+        """Put a view in place, read under a claim from a snapshot that has everything up to ``flushed``.
+
+        False if it may be out of date by now.
+        """
+        keys = self._keys[shard]
+        args = (b"%d" % epoch, conversation, token, b"%d" % flushed, view, self._ttl_ms)
+        return bool(
+            await self._call(scripts.FILL, (keys.shard, keys.fills, keys.view(epoch, conversation)), args)
+        )
+
+    async def summarize(self, shard: int, epoch: int, conversation: bytes, summary: Summary) -> None:
+        """Put a new summary, which is in Postgres, into the view if there is one."""
+        keys = self._keys[shard]
+        await self._call(
+            scripts.SUMMARIZE,
+            (keys.shard, keys.fills, keys.view(epoch, conversation)),
+            (b"%d" % epoch, conversation, encode_summary(summary)),
+        )
+
+    async def drop(self, shard: int, epoch: int, conversations: Sequence[bytes]) -> None:
+        """Drop views, and end the claims under which they would be filled from an older snapshot."""
+        keys = self._keys[shard]
+        replies = await self._calls.submit(
+            [
+                (b"HDEL", keys.fills, *conversations),
+                (b"UNLINK", *(keys.view(epoch, conversation) for conversation in conversations)),
+            ]
+        )
+        for reply in replies:
+            checked(reply)
