@@ -186,6 +186,7 @@ class Runtime:
                 self.settings,
                 self.client,
                 self.shards,
+                self.views,
                 database,
                 self.paths,
                 self._grants,

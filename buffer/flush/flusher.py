@@ -24,6 +24,7 @@ import anyio
 from buffer.errors import BufferError, PostgresUnavailable, Unavailable
 from buffer.faults import armed, crash_point
 from buffer.flush.batch import Batch, Entry, ShardBatch, decode
+from buffer.flush.chores import Chores
 from buffer.flush.holdings import Cursor, Holdings
 from buffer.flush.writer import Fenced, Writer
 from buffer.metrics import Metrics
@@ -34,13 +35,13 @@ from buffer.path.manager import Manager
 from buffer.policy.backoff import full_jitter
 from buffer.policy.triggers import Triggers, fetch_count
 from buffer.settings import Settings
-from buffer.store.ledger import LossLedger
 from buffer.store.path_moves import PathMoves
 from buffer.store.pool import Database
 from buffer.store.shards import Owned, ShardStore
 from buffer.stream.client import RedisClient
 from buffer.stream.grants import Grants
 from buffer.stream.shards import RawEntry, Shards, ViewLimits
+from buffer.stream.views import Views
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ _FETCH_CHUNK = 1_000
 _RETRY_FIRST_SECONDS = 0.05
 _RETRY_MOST_SECONDS = 1.0
 _LAST_FLUSH_SECONDS = 15.0
-_LEDGER_SECONDS = 2.0
 
 
 def make_flusher_id() -> str:
@@ -64,6 +64,7 @@ class Flusher:
         settings: Settings,
         client: RedisClient,
         shards: Shards,
+        views: Views,
         database: Database,
         paths: PathMoves,
         make_grants: Callable[[Callable[[], str | None]], Grants],
@@ -93,7 +94,7 @@ class Flusher:
         self._nudged: set[int] = set()
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._ledger = LossLedger(database)
+        self._chores = Chores(database, views, metrics)
         self._view_limits = ViewLimits(
             int(settings.conversation_ttl_seconds * 1000) if settings.view_max_bytes else 0,
             settings.view_max_bytes,
@@ -117,7 +118,7 @@ class Flusher:
         async with anyio.create_task_group() as tasks:
             await tasks.start(self._keep_shards)
             tasks.start_soon(self._manager.run)
-            tasks.start_soon(self._tell_losses)
+            tasks.start_soon(self._chores.run)
             tasks.start_soon(self._listen)
             task_status.started()
             await self._flush_until_stopped()
@@ -143,21 +144,6 @@ class Flusher:
             except BufferError as error:
                 _log.debug("no nudges: %s", error)
             await asyncio.sleep(0.5)
-
-    async def _tell_losses(self) -> None:
-        while True:
-            try:
-                totals = await self._ledger.totals()
-            except BufferError as error:
-                _log.debug("the ledger cannot be read: %s", error)
-            else:
-                self._metrics["lost_turns_total"].set_total((), totals.lost_turns)
-                changes = self._metrics["incarnation_changes_total"]
-                changes.set_total(("redis",), totals.redis_incarnations)
-                changes.set_total(("postgres",), totals.postgres_incarnations)
-                self._metrics["dead_letter_turns"].set(totals.dead_letters)
-                self._metrics["missing_processes"].set(totals.missing)
-            await asyncio.sleep(_LEDGER_SECONDS)
 
     def nudge(self, shard: int) -> None:
         """Flush this shard without waiting for more."""

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from buffer.errors import NotFound
 from buffer.model.codec import equal_as_json
-from buffer.store import items, queries
+from buffer.store import items, queries, stale_views
 from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, translated
 
 _SQL = queries.load("dead_letters")
@@ -47,6 +47,7 @@ async def add(connection: Connection, letters: Sequence[DeadLetter]) -> None:
     columns = list(zip(*letters, strict=True))
     with translated():
         await connection.execute(_SQL["add"], *columns)
+    await stale_views.note(connection, [letter[:2] for letter in letters])
 
 
 class DeadLetters:

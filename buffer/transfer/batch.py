@@ -17,7 +17,7 @@ from buffer.errors import PostgresUnavailable
 from buffer.model.codec import equal_as_json
 from buffer.model.position import IMPORT_EPOCH, pack
 from buffer.policy.backoff import full_jitter
-from buffer.store import items, transfer
+from buffer.store import items, stale_views, transfer
 from buffer.store.items import Row
 from buffer.store.pool import BadRows, Connection, Database, DuplicateRows
 from buffer.store.transfer import ConversationState, ImportedConversation, StoredDigest, TakenPositions
@@ -150,6 +150,7 @@ async def _transaction(database: Database, parts: Sequence[Part]) -> Outcome:
         await _compare_bodies(connection, unlike, outcome)
         if rows:
             await items.copy_rows(connection, rows)
+            await stale_views.note(connection, [row[:2] for row in rows])
     outcome.stored = len(rows)
     return outcome
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +12,11 @@ import pytest
 from redis.asyncio import Redis
 
 from buffer import Buffer, Settings, Unavailable
+from buffer.app.runtime import open_database
 from buffer.model.position import sequence_of
 from buffer.stream.shards import Refused
 from buffer.stream.views import Facts, encode
+from buffer.transfer import import_file
 from tests.support.paths import on_path
 from tests.support.polling import eventually
 
@@ -271,6 +274,27 @@ async def test_a_conversation_with_dead_letters_is_not_cached(
     await postgres.execute("delete from buffer.dead_letters")
     assert await shown(patient) == ["m-0"]
     assert await views(redis, patient)
+
+
+async def test_an_import_is_seen_through_views_that_were_there_before(
+    patient: Buffer, settings: Settings
+) -> None:
+    """Older items arrive beside the stream: whole views, empty ones and short ones show them soon."""
+    assert await shown(patient, conversation="empty") == []
+    await patient.conversation("short").append({}, id="m-9")
+    await patient.flush()
+    assert await shown(patient, conversation="short") == ["m-9"]
+    items = [{"id": f"m-{n}", "n": n} for n in range(3)]
+    lines = [json.dumps({"conversation_id": name, "items": items}) for name in ("empty", "short")]
+    async with open_database(settings) as database:
+        report = await import_file(database, lines, settings=settings)
+    assert (report.ok, report.stored) == (True, 6)
+
+    async def seen() -> bool:
+        empty, short = [await shown(patient, conversation=name) for name in ("empty", "short")]
+        return (empty, short) == (["m-0", "m-1", "m-2"], ["m-0", "m-1", "m-2", "m-9"])
+
+    await eventually(seen)
 
 
 async def test_without_postgres_warm_reads_go_on_and_cold_ones_say_why(

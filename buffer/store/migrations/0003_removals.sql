@@ -30,3 +30,10 @@ create table buffer.user_tombstones (
 comment on table buffer.user_tombstones is 'Users that were erased, and when.';
 
 create index conversations_user on buffer.conversations (tenant, user_id, conversation) where user_id is not null;
+
+create table buffer.stale_views (
+    id           bigint generated always as identity primary key,
+    tenant       text   collate "C" not null,
+    conversation text   collate "C" not null
+);
+comment on table buffer.stale_views is 'Conversations that were changed beside the stream: a flusher drops their cached views.';

@@ -1,0 +1,73 @@
+"""What a flusher does now and then beside flushing: the ledger's gauges, and views that went stale."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import anyio
+
+from buffer.errors import BufferError
+from buffer.metrics import Metrics
+from buffer.model.ids import conversation_key, shard_of
+from buffer.store import stale_views
+from buffer.store.ledger import LossLedger
+from buffer.store.pool import Database
+from buffer.stream.views import Views
+
+_log = logging.getLogger(__name__)
+
+_LEDGER_SECONDS = 2.0
+_STALE_VIEWS_SECONDS = 0.5
+
+
+class Chores:
+    """The chores of one flusher; with several, each does what it finds."""
+
+    def __init__(self, database: Database, views: Views, metrics: Metrics) -> None:
+        self._database = database
+        self._ledger = LossLedger(database)
+        self._views = views
+        self._metrics = metrics
+
+    async def run(self) -> None:
+        """Go on until cancelled; what fails is tried again."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tell_losses)
+            tasks.start_soon(self._drop_stale_views)
+
+    async def _tell_losses(self) -> None:
+        while True:
+            try:
+                totals = await self._ledger.totals()
+            except BufferError as error:
+                _log.debug("the ledger cannot be read: %s", error)
+            else:
+                self._metrics["lost_turns_total"].set_total((), totals.lost_turns)
+                changes = self._metrics["incarnation_changes_total"]
+                changes.set_total(("redis",), totals.redis_incarnations)
+                changes.set_total(("postgres",), totals.postgres_incarnations)
+                self._metrics["dead_letter_turns"].set(totals.dead_letters)
+                self._metrics["missing_processes"].set(totals.missing)
+            await asyncio.sleep(_LEDGER_SECONDS)
+
+    async def _drop_stale_views(self) -> None:
+        while True:
+            dropped = 0
+            try:
+                dropped = await self._drop_some()
+            except BufferError as error:
+                _log.debug("stale views are not dropped yet: %s", error)
+            if not dropped:
+                await asyncio.sleep(_STALE_VIEWS_SECONDS)
+
+    async def _drop_some(self) -> int:
+        async with stale_views.taken(self._database) as (pairs, epochs):
+            by_shard: dict[int, list[bytes]] = {}
+            for pair in pairs:
+                key = conversation_key(*pair)
+                by_shard.setdefault(shard_of(key, len(epochs)), []).append(key.encode())
+            for shard, keys in by_shard.items():
+                if (epoch := epochs[shard]) is not None:
+                    await self._views.drop(shard, epoch, keys)
+        return len(pairs)
