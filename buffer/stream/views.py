@@ -177,10 +177,11 @@ class Views:
         return tail_of(mark, go_on, entries), view
 
     async def claim(self, shard: int, epoch: int, conversation: bytes, token: bytes) -> bool:
-        """Take the right to fill a view; False if somebody else has it."""
+        """Take the right to fill a view; False if somebody else has it, or has used it."""
         keys = self._keys[shard]
         args = (b"%d" % epoch, conversation, token, b"%d" % (CLAIM_SECONDS * 1000), self._member)
-        return bool(await self._call(scripts.CLAIM, (keys.shard, keys.fills), args))
+        view_key = keys.view(epoch, conversation)
+        return bool(await self._call(scripts.CLAIM, (keys.shard, keys.fills, view_key), args))
 
     async def fill(
         self, shard: int, epoch: int, conversation: bytes, token: bytes, flushed: int, view: bytes
