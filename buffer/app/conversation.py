@@ -113,7 +113,7 @@ class Conversation:
         _check_count(turns, "turns")
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise InvalidRequest("tokens must be a positive number", param="tokens")
-        read = await self._runtime.view_reader.newest(self.tenant, self.id, turns)
+        read = await self._runtime.view_reader.newest(self.tenant, self.id, turns, first=pin_system)
         items, complete = read.items, read.complete
         if pin_system and read.more:
             first = [read.first] if read.first else []

@@ -50,7 +50,8 @@ longest {report.longest_append_seconds:.2f} s (Redis was away for {report.withou
 
 def bench(
     *suites: Annotated[
-        Literal["append", "flush", "memory", "backlog", "retention"], Parameter(help="Which; all by default.")
+        Literal["append", "flush", "memory", "backlog", "retention", "read", "views", "hits"],
+        Parameter(help="Which; all by default."),
     ],
     rounds: Annotated[int, Parameter(help="Interleaved rounds; the median of their ratios counts.")] = 5,
     redis_from_path: Annotated[
@@ -58,7 +59,7 @@ def bench(
     ] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Measure appends, flush and memory, each beside its baseline in the same run."""
+    """Measure appends, flushes, reads and memory, each beside its baseline in the same run."""
     from buffer.bench import SUITES, render, run_suites  # noqa: PLC0415 - slow to import, and rarely used
 
     set_up_logging("error")

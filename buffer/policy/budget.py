@@ -69,8 +69,6 @@ class Selection:
 
 def possible_cuts(items: Sequence[Item]) -> list[int]:
     """Indexes at which a prompt may begin, ascending; the last one is ``len(items)``."""
-    if not any(map(_may_bind, items)):
-        return list(range(len(items) + 1))
     called_at: dict[str, int] = {}
     # For each item, the earliest item that must be kept with it.
     needs = list(range(len(items)))
@@ -108,8 +106,8 @@ def select(
 
     The summary and a pinned item count, too. If nothing fits, it is the shortest end that may stand alone.
     """
-    if not items:
-        return Selection(0)
+    if not items or (tokens is None and len(items) <= turns and _answers(items[0]) is None):
+        return Selection(0)  # all of them
     pinnable = pin_system and is_system(items[0])
     pinned_tokens = count(items[0]) if pinnable and tokens is not None else 0
     cuts = possible_cuts(items)[:-1] or [0]
@@ -127,11 +125,6 @@ def select(
         best = first
     first = cuts[-1] if best is None else best
     return Selection(first, pinned=pinnable and first > 0, over=best is None)
-
-
-def _may_bind(item: Item) -> bool:
-    """Whether an item may have to stay with others: anything but a plain message."""
-    return item.get("type", "message") != "message" or item.get("role") == "tool" or "tool_calls" in item
 
 
 def _calls(item: Item) -> list[str]:

@@ -57,54 +57,72 @@ class ViewReader:
         self._seconds: Tally = metrics["read_duration_seconds"]
         self._filling: dict[str, asyncio.Future[None]] = {}
 
-    async def newest(self, tenant: str, conversation: str, limit: int) -> Slice:
+    async def newest(self, tenant: str, conversation: str, limit: int, *, first: bool = False) -> Slice:
         """The newest ``limit`` items, oldest first, with the summary; and whether there are older ones.
+
+        ``first``: the conversation's first item as well, if it is at hand.
 
         Raises:
             Unavailable: a store that is needed for the answer did not give it.
         """
         where = self._reader.where(tenant, conversation)
-        return await self._reader.while_the_path_moves(where.shard, lambda: self._newest(where, limit))
+        return await self._reader.while_the_path_moves(where.shard, lambda: self._newest(where, limit, first))
 
-    async def _newest(self, where: Where, limit: int) -> Slice:
+    async def _newest(self, where: Where, limit: int, first: bool) -> Slice:
         began = time.perf_counter()
+        state = await self._member.open(where.shard, self._settings.append_timeout_seconds)
+        outcome, answer = "beyond", None
+        if state.mode == "stream" and self._settings.view_max_bytes:
+            outcome, answer = await self._by_view(where, state.epoch, limit, first, began + _WAIT_SECONDS)
+        if answer is None:
+            answer = await self._by_postgres(where, await self._reader.tail_of(where), limit)
+        tier = "postgres" if outcome in {"miss", "beyond"} else "redis"
+        self._requests.inc(("conversation", tier, outcome), 1)
+        self._seconds.observe(time.perf_counter() - began, ("view" if tier == "redis" else tier,))
+        return answer
+
+    async def _by_view(
+        self,
+        where: Where,
+        epoch: int,
+        limit: int,
+        first: bool,
+        deadline: float,
+    ) -> tuple[str, Slice | None]:
+        """How it went, and the answer, unless it takes more than the view has."""
         key = conversation_key(where.tenant, where.conversation)
-        deadline = began + _WAIT_SECONDS
-        view_most = limit + 1
-        outcome = "hit"
-        while self._settings.view_max_bytes:
-            state = await self._member.open(where.shard, self._settings.append_timeout_seconds)
-            if state.mode == "direct":
-                break
-            tail, view = await self._reader.tail_and_view(where, state.epoch, limit + 1, view_most)
+        outcome, view_most = "hit", limit
+        while True:
+            tail, view = await self._reader.tail_and_view(where, epoch, limit + 1, view_most)
             if view is not None:
-                answer = self._merged(where, tail, view, limit)
+                answer = self._merged(where, tail, view, limit, first)
                 if answer is not None:
-                    self._requests.inc(("conversation", "redis", outcome), 1)
-                    self._seconds.observe(time.perf_counter() - began, ("view",))
-                    return answer
+                    return outcome, answer
                 if not view.older:
-                    break  # the view does not go back so far
+                    return "beyond", None
                 view_most = self._settings.view_max_bytes  # all of it
-                continue
-            if (filling := self._filling.get(key)) is None:
-                filled = await self._fill(where, key, tail, limit)
-                if filled is not None:
-                    self._requests.inc(("conversation", "postgres", "miss"), 1)
-                    self._seconds.observe(time.perf_counter() - began, ("postgres",))
-                    return filled
+            elif (filling := self._filling.get(key)) is None:
+                answer = await self._fill(where, key, tail, limit)
+                if answer is not None:
+                    return "miss", answer
+                outcome = "shared"
+                await asyncio.sleep(_AGAIN_SECONDS)
             elif outcome != "shared":
                 outcome = "shared"
                 await asyncio.wait([filling])
-                continue
+            else:
+                await asyncio.sleep(_AGAIN_SECONDS)
             if time.perf_counter() > deadline:
-                break
-            outcome = "shared"  # by another process, or once more by this one
-            await asyncio.sleep(_AGAIN_SECONDS)
-        self._requests.inc(("conversation", "postgres", "beyond"), 1)
-        return await self._reader.newest_of(where, limit)
+                return "beyond", None
 
-    def _merged(self, where: Where, tail: TailRead, view: View, limit: int) -> Slice | None:
+    def _merged(
+        self,
+        where: Where,
+        tail: TailRead,
+        view: View,
+        limit: int,
+        first: bool,
+    ) -> Slice | None:
         """What view and tail say; None if that is not enough of the conversation."""
         known = {item.id for item in view.items} if tail.pending else set()
         pending = [p for p in tail.pending if p.position > view.facts.through and p.item_id not in known]
@@ -113,20 +131,19 @@ class ViewReader:
         if removed:
             older = [item for item in older if visible(item.position, removed)]
         newer = unflushed(pending, 0)
-        reaches_back = view.whole and not view.older and tail.whole
-        if not reaches_back and len(older) + len(newer) <= limit:
+        beyond = view.older or not view.whole or not tail.whole
+        if beyond and len(older) + len(newer) < limit:
             return None
         self._reader.show(where, tail)
-        page, more = newest_page(older[-limit - 1 :], [from_tail(tail, p) for p in newer], limit)
-        first = view.first
+        page, more = newest_page(older, [from_tail(tail, p) for p in newer], limit)
         in_view = max(view.facts.last, view.items[-1].position if view.items else 0)
         return Slice(
             page,
-            more,
+            more or beyond,
             True,
             last_of(tail, in_view, view.facts.through),
             _standing(view.summary, removed),
-            first if first and visible(first.position, removed) else None,
+            _still(view.first, removed) if first else None,
         )
 
     async def _fill(self, where: Where, key: str, tail: TailRead, limit: int) -> Slice | None:
@@ -138,19 +155,27 @@ class ViewReader:
                 return None
             if not tail.whole:
                 tail = await self._reader.tail_of(where)
-            snapshot = await self._items.snapshot(
-                where,
-                limit + 1,
-                self._settings.view_max_items,
-                self._settings.view_max_bytes,
-                [p.item_id for p in tail.pending if p.item_id is not None],
-            )
-            self._reader.check(where, tail, snapshot.slice)
+            snapshot = await self._snapshot(where, tail, limit)
             await self._put(where, key.encode(), tail.epoch, token, snapshot)
         finally:
             del self._filling[key]
             done.set_result(None)
         return self._answer(tail, snapshot, limit)
+
+    async def _by_postgres(self, where: Where, tail: TailRead, limit: int) -> Slice:
+        return self._answer(tail, await self._snapshot(where, tail, limit), limit)
+
+    async def _snapshot(self, where: Where, tail: TailRead, limit: int) -> Snapshot:
+        """What Postgres has, as one picture that goes with the tail."""
+        snapshot = await self._items.snapshot(
+            where,
+            limit + 1,
+            self._settings.view_max_items,
+            self._settings.view_max_bytes,
+            [p.item_id for p in tail.pending if p.item_id is not None],
+        )
+        self._reader.check(where, tail, snapshot.slice)
+        return snapshot
 
     async def _put(self, where: Where, key: bytes, epoch: int, token: bytes, snapshot: Snapshot) -> None:
         """A view that could not be put in place is missing, and nothing else."""
@@ -176,14 +201,14 @@ class ViewReader:
         rows = [row for row in reversed(stored.items) if visible(row.position, removed)]
         newer = [from_tail(tail, p) for p in unflushed(pending, 0)]
         page, more = newest_page([_from_row(row) for row in rows], newer, limit)
-        first = snapshot.first
+        first = _from_row(snapshot.first) if snapshot.first else None
         return Slice(
             page,
             more or snapshot.more,
             stored.complete,
             last_of(tail, stored.last_position, stored.flushed_through),
             _standing(snapshot.summary, removed),
-            _from_row(first) if first and visible(first.position, removed) else None,
+            _still(first, removed),
         )
 
 
@@ -192,6 +217,10 @@ def _standing(summary: Summary | None, removed: Sequence[Removal]) -> Summary | 
     if summary is not None and any(removal.after < summary.through for removal in removed):
         return None
     return summary
+
+
+def _still(item: Item | None, removed: Sequence[Removal]) -> Item | None:
+    return item if item is not None and visible(item.position, removed) else None
 
 
 def _view_of(snapshot: Snapshot, most_bytes: int, most_items: int) -> bytes:

@@ -274,6 +274,8 @@ def tail_of(mark: bytes, go_on: bytes, newest_first: Sequence[Any]) -> Tail:
     Raises:
         RedisUnavailable: a newer release wrote to it.
     """
+    if not newest_first:
+        return Tail(int(mark), [], [], None)
     entries: list[RawEntry] = [(entry[0], entry[1], entry[2]) for entry in reversed(newest_first)]
     try:
         records = [decode_entry(*entry) for entry in entries]

@@ -3,7 +3,7 @@
 The view of a conversation is one string, ``buffer:{3}:view:<epoch>:<tenant>/<conversation>``, with a TTL::
 
     length front item item item ...   length: of the front, 8 digits
-    front  whole n first n facts n summary 000000,
+    front  whole n facts n summary n first 000000,
     item   [epoch,number,"item id",Unix ms,{...}],1nk,
 
 Each ``n`` is a length of 8 digits. The items together are a JSON array without its brackets, so that they are
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from buffer.model.position import epoch_of, pack, sequence_of
+from buffer.model.position import epoch_of, sequence_of
 from buffer.model.types import Item, Summary
 from buffer.stream import scripts
 from buffer.stream.keys import ShardKeys, member_field
@@ -71,11 +71,16 @@ class View(msgspec.Struct, frozen=True, gc=False):
     """A part of a view: its newest items, oldest first. ``older``: it holds more than were asked for."""
 
     whole: bool
-    first: Item | None
+    first_json: bytes
     facts: Facts
     summary: Summary | None
     items: list[Item]
     older: bool
+
+    @property
+    def first(self) -> Item | None:
+        """The conversation's first item, if it is at hand."""
+        return Item.many([_loads(self.first_json)])[0] if self.first_json else None
 
 
 def encode(
@@ -89,7 +94,7 @@ def encode(
     """A view as Redis keeps it; items oldest first, each as `ViewItem.encode` gives it."""
     short = first is not None and len(first) <= _FIRST_MOST_BYTES
     parts = [b"1" if whole else b"0"]
-    for text in ((first or b"") if short else b"", b"%d/%d" % facts, encode_summary(summary)):
+    for text in (b"%d/%d" % facts, encode_summary(summary), (first or b"") if short else b""):
         parts += (b"%08d" % len(text), text)
     parts.append(b"000000,")
     front = b"".join(parts)
@@ -109,14 +114,9 @@ def _loads(text: bytes) -> Any:
         return json.loads(text)  # lone surrogates
 
 
-def _item(parts: list[Any]) -> Item:
-    epoch, number, item_id, created_ms, data = parts
-    return Item.of(data, item_id, pack(epoch, number), created_ms)
-
-
 def _decode_items(text: bytes) -> list[Item]:
     """The items, oldest first."""
-    items = [_item(parts) for parts in _loads(b"[%b]" % text[:-1])[::2]]
+    items = Item.many(_loads(b"[%b0]" % text)[:-1:2])
     last = -1
     for item in items:
         if item.position <= last:
@@ -133,11 +133,11 @@ def _decode(front: bytes, items: bytes, older: int) -> View:
         at += _NUMBER
         texts.append(front[at : at + length])
         at += length
-    first, facts, summary = texts
+    facts, summary, first = texts
     last, _, through = facts.partition(b"/")
     return View(
         front[:1] == b"1",
-        _item(_loads(first)) if first else None,
+        first,
         Facts(int(last), int(through)) if facts else Facts(),
         msgspec.json.decode(summary, type=Summary) if summary else None,
         _decode_items(items),
@@ -154,6 +154,7 @@ class Views:
         self._member = member_field(process)
         self._ttl_seconds = ttl_seconds
         self._ttl_ms = b"%d" % (ttl_seconds * 1000)
+        self._item_bytes = 1_000
 
     async def _call(self, script: scripts.Script, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
         (reply,) = await self._calls.call([script_call(script, keys, args)])
@@ -165,11 +166,14 @@ class Views:
         """The newest unflushed entries and the newest items of the view, as one picture."""
         keys = self._keys[shard]
         view_key = keys.view(epoch, conversation)
-        args = (b"%d" % epoch, conversation, b"%d" % tail_most, self._member, b"%d" % view_most)
+        likely = b"%d" % (view_most * self._item_bytes)
+        args = (b"%d" % epoch, conversation, b"%d" % tail_most, self._member, b"%d" % view_most, likely)
         mark, go_on, ttl_ms, front, items, older, *entries = await self._call(
             scripts.READ, (keys.stream, keys.shard, view_key), args
         )
         view = _decode(front, items, older) if front else None
+        if view is not None and view.items:  # half as much again as of late
+            self._item_bytes += (3 * len(items) // (2 * len(view.items)) - self._item_bytes) // 8
         if view is not None and ttl_ms < 900 * self._ttl_seconds:
             # Nobody waits for it: the read itself changes nothing, and goes on where Redis takes no writes.
             touched = self._calls.submit([(b"PEXPIRE", view_key, self._ttl_ms)])

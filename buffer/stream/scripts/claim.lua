@@ -3,8 +3,8 @@
 --
 -- KEYS  1 shard   2 fills   3 view
 -- ARGV  1 epoch   2 conversation   3 token   4 ms for which it counts   5 the caller's member field
--- Reply 1, or 0 if somebody else is filling it or has filled it. Kept as "<token>/<until>/<mark>": settling an item of the
---       conversation notes its mark there, dropping the view ends the claim.
+-- Reply 1, or 0 if somebody else is filling it or has filled it. Kept as "<token>/<until>/<mark>": settling an
+--       item of the conversation notes its mark there, dropping the view ends the claim.
 
 local shard = redis.call('HMGET', KEYS[1], 'epoch', ARGV[5])
 if shard[1] ~= ARGV[1] then return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none')) end

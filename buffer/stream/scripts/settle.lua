@@ -76,7 +76,7 @@ if any then
       local element = '[' .. at .. ',"' .. item .. '",' .. ms .. ',' .. data .. ']'
       if view.begins and view.count == 1 then
         local first = #element <= 8192 and element or ''
-        local front = '1' .. format('%08d', #first) .. first .. NO_FACTS .. NO_SUMMARY .. NO_ITEMS
+        local front = '1' .. NO_FACTS .. NO_SUMMARY .. format('%08d', #first) .. first .. NO_ITEMS
         view.parts[1] = format('%08d', #front) .. front
       end
       view.parts[#view.parts + 1] = element .. ',1' .. format('%08d%06d,', #element, view.count)
