@@ -120,7 +120,8 @@ class Member:
             if self._leaving:
                 raise RedisUnavailable("this process is closing")
             state = self.states[shard]
-            if state.mode == "direct" or (state.mode == "stream" and self.permitted()):
+            follows = not self._accepting  # it acks and shows nothing, and needs no permit
+            if state.mode == "direct" or (state.mode == "stream" and (follows or self.permitted())):
                 return state
             left = deadline - time.monotonic()
             if left <= 0:
