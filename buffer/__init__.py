@@ -21,6 +21,7 @@ from buffer.errors import (
 )
 from buffer.model.types import Context, Item, Page, Receipt, Summary
 from buffer.settings import Settings
+from buffer.summaries.summarizer import Summarizer
 from buffer.version import __version__
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SchemaMismatch",
     "Settings",
     "SettingsError",
+    "Summarizer",
     "Summary",
     "TooLarge",
     "Unavailable",

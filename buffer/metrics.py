@@ -95,6 +95,20 @@ DEFINITIONS: tuple[Definition, ...] = (
         ("source",),
         _SECONDS,
     ),
+    # --- summaries: in every flusher, where a summarizer is set
+    Definition(
+        "counter",
+        "buffer_summaries_total",
+        "Summaries: made; or failed, postponed (Postgres lacks items), discarded (the conversation changed), "
+        "to be tried again.",
+        ("outcome",),
+    ),
+    Definition(
+        "histogram",
+        "buffer_summary_duration_seconds",
+        "One call of the summarizer.",
+        buckets=(*_SECONDS, 10, 30, 60),
+    ),
     # --- kept in Postgres, so that they outlive every process; each flusher tells them
     Definition("counter", "buffer_lost_turns_total", "Items that were lost, or may have been."),
     Definition(

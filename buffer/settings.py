@@ -1,7 +1,7 @@
 """Settings: environment variables with the prefix ``BUFFER_``, a ``.env`` file, or arguments.
 
 Every limit has its unit in its name. Everything needs a restart to change. URLs may hold passwords, so
-neither an error nor the ``repr`` of the settings shows more of one than where it leads.
+neither an error nor the ``repr`` of the settings shows more of one than where it leads. Keys are not shown.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,7 +22,8 @@ from pydantic_settings import (
 
 from buffer.errors import SettingsError
 
-_WITH_SECRETS = {"redis_url", "postgres_url"}
+_WITH_SECRETS = {"redis_url", "postgres_url", "summarizer_base_url"}
+_SECRETS = {"summarizer_api_key"}
 
 
 def without_secrets(url: str) -> str:
@@ -47,6 +48,8 @@ def _is_url(text: str) -> bool:
 
 def _shown(name: str | None, value: Any) -> Any:
     """A value as it may be printed; a URL in the wrong place is one too."""
+    if name in _SECRETS:
+        return "***"
     text = str(value)
     if name in _WITH_SECRETS or "://" in text:
         return without_secrets(text) if isinstance(value, str) else "***"
@@ -164,6 +167,31 @@ class Settings(BaseSettings):
         "of; then its items are counted as lost.",
     )
 
+    summarizer: Literal["none", "extractive", "openai"] = Field(
+        "none",
+        description="Who makes summaries, in the flushers: `extractive` picks sentences and needs no model; "
+        "`openai` asks an OpenAI-compatible endpoint.",
+    )
+    summarizer_base_url: str = Field(
+        "https://api.openai.com/v1", description="The endpoint, up to what comes before `/chat/completions`."
+    )
+    summarizer_model: str = Field(
+        "", validate_default=True, description="The endpoint's model; needed with `openai`."
+    )
+    summarizer_api_key: SecretStr = Field(
+        SecretStr(""), description="Its key; never shown. Empty: none is sent."
+    )
+    summarizer_timeout_seconds: float = Field(
+        30.0, gt=0, description="One call of the summarizer; one that takes longer is tried again later."
+    )
+    summary_every_items: int = Field(
+        40, ge=1, description="So many items that no summary covers, besides the newest, make one due."
+    )
+    summary_keep_items: int = Field(
+        20, ge=0, description="The newest items of a conversation, which a summary leaves out."
+    )
+    summary_max_bytes: int = Field(8 << 10, ge=512, le=1 << 20, description="One summary's text, in UTF-8.")
+
     redis_timeout_seconds: float = Field(
         1.0, gt=0, description="One round trip to Redis, connecting included."
     )
@@ -193,6 +221,35 @@ class Settings(BaseSettings):
         if not _is_url(url):
             raise ValueError("must be a URL; in a password, write / ? # @ as %2F %3F %23 %40")
         return url
+
+    @field_validator("summarizer_base_url")
+    @classmethod
+    def _leads_to_an_endpoint(cls, url: str) -> str:
+        """The URL stands in the client's log lines, so it must not hold what is secret."""
+        parts = urlsplit(url) if _is_url(url) else None
+        if parts is None or parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("must be an http:// or https:// URL")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                "must not hold a user, a query or a fragment; a key is BUFFER_SUMMARIZER_API_KEY"
+            )
+        return url.rstrip("/")
+
+    @field_validator("summarizer_model")
+    @classmethod
+    def _names_a_model(cls, model: str, info: ValidationInfo) -> str:
+        if not model and info.data.get("summarizer") == "openai":
+            raise ValueError("must be set when BUFFER_SUMMARIZER is openai")
+        return model
+
+    @field_validator("summarizer_api_key")
+    @classmethod
+    def _fits_a_header(cls, key: SecretStr) -> SecretStr:
+        """Refuse here what the HTTP client would refuse later, quoting it. A final line break is harmless."""
+        text = key.get_secret_value().strip()
+        if not all("!" <= character <= "~" for character in text):
+            raise ValueError("must be visible ASCII characters")
+        return SecretStr(text)
 
     @classmethod
     def settings_customise_sources(

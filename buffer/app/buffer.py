@@ -16,6 +16,7 @@ from buffer.model.ids import check_id, make_conversation_id
 from buffer.model.types import Erased
 from buffer.settings import Settings
 from buffer.store.removals import erasable_conversations
+from buffer.summaries.summarizer import Summarizer
 
 Opener = Callable[[], AbstractAsyncContextManager[Runtime]]
 
@@ -41,17 +42,19 @@ class Buffer:
         redis: str | None = None,
         postgres: str | None = None,
         flusher: bool = False,
+        summarizer: Summarizer | None = None,
     ) -> Self:
         """A buffer over running servers; ``redis`` and ``postgres`` are URLs that win over the settings.
 
-        With ``flusher`` this process also flushes.
+        With ``flusher`` this process also flushes, and makes summaries if there is a summarizer: yours, or
+        the one of the settings.
         """
         settings = settings or Settings.load()
         urls = {"redis_url": redis, "postgres_url": postgres}
         given = {name: url for name, url in urls.items() if url is not None}
         if given:
             settings = Settings.load(**{**settings.model_dump(), **given})
-        return cls(lambda: Runtime.open(settings, flusher=flusher))
+        return cls(lambda: Runtime.open(settings, flusher=flusher, summarizer=summarizer))
 
     @classmethod
     def embedded(
@@ -61,6 +64,7 @@ class Buffer:
         settings: Settings | None = None,
         redis_from_path: bool = False,
         flusher: bool = True,
+        summarizer: Summarizer | None = None,
     ) -> Self:
         """A buffer with real Redis and Postgres servers of its own, started here, with a flusher.
 
@@ -79,7 +83,7 @@ class Buffer:
                 urls = {"redis_url": servers.redis.url, "postgres_url": servers.postgres.url}
                 ours = (settings or Settings.load()).model_copy(update=urls)
                 await migrate_database(ours)
-                async with Runtime.open(ours, flusher=flusher) as runtime:
+                async with Runtime.open(ours, flusher=flusher, summarizer=summarizer) as runtime:
                     yield runtime
 
         return cls(opener)

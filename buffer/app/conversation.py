@@ -12,8 +12,9 @@ from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown, Precondition
 from buffer.model.ids import check_id
 from buffer.model.position import MAX_POSITION
 from buffer.model.record import DELETE, ERASE
-from buffer.model.types import Context, Erased, Item, Level, Page, Receipt
+from buffer.model.types import Context, Erased, Item, Level, Page, Receipt, Slice, Summary
 from buffer.policy.budget import TokenCounter, estimate_tokens, is_system, select
+from buffer.summaries.text import check_text
 
 if TYPE_CHECKING:
     from buffer.app.runtime import Runtime
@@ -94,15 +95,19 @@ class Conversation:
         count: TokenCounter = estimate_tokens,
         pin_system: bool = False,
     ) -> Context:
-        """The newest items that fit, oldest first, the unflushed ones included.
+        """A summary of what came before, and the newest items that fit, oldest first, the unflushed included.
+
+        The summary stands for the items up to its position ``through``. Some items may be in both, and with
+        few ``turns`` some in neither: ``items(after=context.summary.through)`` has all that it leaves out.
 
         A tool call and its result are never separated, nor a reasoning item from the one after it, so there
         may be fewer items than would fit; see `buffer.policy.budget`.
 
         Args:
             turns: at most so many items.
-            tokens: at most so many tokens, as ``count`` counts them. If not even the fewest items that may
-                stand alone fit, those are returned, with ``over_budget``.
+            tokens: at most so many tokens, as ``count`` counts them, the summary included. If there is no
+                room for it beside the fewest items that may stand alone, it is left out, with
+                ``summary_left_out``; if not even those fit, they are returned alone, with ``over_budget``.
             count: tokens of one item; by default an estimate, see `buffer.policy.budget.estimate_tokens`.
             pin_system: keep the conversation's first item, if it is a system message, however old it is.
 
@@ -116,15 +121,84 @@ class Conversation:
         read = await self._runtime.view_reader.newest(self.tenant, self.id, turns, first=pin_system)
         items, complete = read.items, read.complete
         if pin_system and read.more:
-            first = [read.first] if read.first else []
-            if not first:
-                oldest = await self._runtime.reader.oldest(self.tenant, self.id, 1)
-                complete &= oldest.complete
-                first = oldest.items
+            first, known = await self._first(read)
+            complete &= known
             items = [*(item for item in first if is_system(item)), *items]
-        kept = select(items, turns=turns, tokens=tokens, count=count, pin_system=pin_system)
+        summary = read.summary
+        summary_tokens = count({"role": "system", "content": summary.text}) if summary and tokens else 0
+        kept = select(
+            items,
+            turns=turns,
+            tokens=tokens,
+            summary_tokens=summary_tokens,
+            count=count,
+            pin_system=pin_system,
+        )
         chosen = [*items[: kept.pinned], *items[kept.first :]]
-        return Context(chosen, read.last_position, complete, read.summary, over_budget=kept.over)
+        return Context(
+            chosen,
+            read.last_position,
+            complete,
+            summary if kept.summary else None,
+            over_budget=kept.over,
+            summary_left_out=not kept.summary,
+        )
+
+    async def _first(self, read: Slice) -> tuple[list[Item], bool]:
+        """The conversation's first item, and whether it is certain that it is."""
+        if read.first:
+            return [read.first], True
+        oldest = await self._runtime.reader.oldest(self.tenant, self.id, 1)
+        return oldest.items, oldest.complete
+
+    async def set_summary(self, text: str, *, through: int, timeout: float | None = None) -> Summary:
+        """Keep a summary of the application's own; it stands for the items up to position ``through``.
+
+        It takes the place of one through the same position. Summaries that are made later are rolled forward
+        from it. Items are never removed for it.
+
+        Args:
+            text: 1 to ``summary_max_bytes`` bytes of UTF-8.
+            through: the position of an item; if it is not flushed yet, this waits for its flush.
+            timeout: seconds for that; ``append_timeout_seconds`` by default.
+
+        Raises:
+            InvalidRequest, TooLarge: ``text`` or ``through`` breaks a rule.
+            NotFound: no item stands at ``through``.
+            Conflict: there is a summary that goes further.
+            Unavailable: Postgres could not be asked, or the item was not flushed in time; try again, it is
+                safe to repeat.
+        """
+        check_text(text, self._runtime.settings.summary_max_bytes)
+        if not isinstance(through, int) or isinstance(through, bool) or not 1 <= through <= MAX_POSITION:
+            raise InvalidRequest("through must be the position of an item", param="through")
+        await self._wait_for_flush(through, timeout)
+        summary = await self._runtime.summaries.set(self.tenant, self.id, through, text)
+        await self._runtime.summary_committed(self.tenant, self.id, summary)
+        return summary
+
+    async def _wait_for_flush(self, position: int, timeout: float | None) -> None:
+        """Return once an item is in Postgres.
+
+        Raises:
+            NotFound: there is no such item.
+            Unavailable: it is not there within ``timeout`` seconds.
+        """
+        limit = timeout if timeout is not None else self._runtime.settings.append_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                # A change of path ends the wait, too.
+                while not await self._runtime.summaries.exists(self.tenant, self.id, position):
+                    found = await self._runtime.reader.newest(
+                        self.tenant, self.id, 1, position - 1, position + 1
+                    )
+                    if not found.items:
+                        raise NotFound(
+                            f"through: conversation {self.id!r} has no item at position {position}"
+                        )
+                    await self._runtime.appender.flushed(self._target.shard, position)
+        except TimeoutError as error:
+            raise Unavailable(f"the item is not in Postgres within {limit:g} s") from error
 
     async def items(
         self,

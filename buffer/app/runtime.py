@@ -18,7 +18,9 @@ from buffer.append.replicated import Replicated
 from buffer.errors import BufferError
 from buffer.flush.flusher import Flusher, make_flusher_id
 from buffer.metrics import Metrics
+from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import pack
+from buffer.model.types import Summary
 from buffer.path.member import Member
 from buffer.read.reader import Reader
 from buffer.read.views import ViewReader
@@ -29,12 +31,15 @@ from buffer.store.path_moves import PathMoves
 from buffer.store.paths import Mode
 from buffer.store.pool import Database
 from buffer.store.shards import ShardStore, application_name
+from buffer.store.summaries import SummaryStore
 from buffer.stream.client import RedisClient
 from buffer.stream.grants import Grants
 from buffer.stream.link import Calls, LinkLost
 from buffer.stream.marks import Marks
 from buffer.stream.shards import Shards
 from buffer.stream.views import Views
+from buffer.summaries.summarizer import Summarizer, open_summarizer
+from buffer.summaries.worker import CONNECTIONS, SummaryWorker
 
 _C = TypeVar("_C", bound=Coalescer)
 
@@ -64,8 +69,10 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
 
 
 @asynccontextmanager
-async def _database(settings: Settings, name: str = "buffer:command") -> AsyncIterator[Database]:
-    database = Database(settings, name)
+async def _database(
+    settings: Settings, name: str = "buffer:command", most_connections: int | None = None
+) -> AsyncIterator[Database]:
+    database = Database(settings, name, most_connections=most_connections)
     await database.open()
     try:
         yield database
@@ -76,8 +83,9 @@ async def _database(settings: Settings, name: str = "buffer:command") -> AsyncIt
 class Runtime:
     """The parts of one process. `open` gives one that is running."""
 
-    def __init__(self, settings: Settings, *, accepting: bool) -> None:
+    def __init__(self, settings: Settings, *, accepting: bool, summarizer: Summarizer | None = None) -> None:
         self.settings = settings
+        self._summarizer = summarizer
         self.metrics = Metrics()
         self.client = RedisClient(settings)
         self.flusher_id = make_flusher_id()
@@ -100,6 +108,7 @@ class Runtime:
         )
         self.marks = Marks(self.client, self.shards)
         self.items = ItemReader(self.database)
+        self.summaries = SummaryStore(self.database)
         self.member = Member(
             settings, self.paths, self.shards, self.marks, self.metrics, self.flusher_id, accepting=accepting
         )
@@ -141,16 +150,22 @@ class Runtime:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, settings: Settings, *, flusher: bool, accepting: bool = True
+        cls,
+        settings: Settings,
+        *,
+        flusher: bool,
+        accepting: bool = True,
+        summarizer: Summarizer | None = None,
     ) -> AsyncIterator[Runtime]:
         """Connect, start the tasks, and with ``flusher`` one flusher; stop all in reverse order.
 
-        One that is not ``accepting`` takes no part in the service: it can look, and it can flush.
+        One that is not ``accepting`` takes no part in the service: it can look, and it can flush. Of two
+        summarizers, the one that is given wins over the one of the settings.
 
         Raises:
             SchemaMismatch, SettingsError, PostgresUnavailable, RedisUnavailable: why it cannot start.
         """
-        runtime = cls(settings, accepting=accepting)
+        runtime = cls(settings, accepting=accepting, summarizer=summarizer)
         await runtime.database.open()
         await runtime._path_database.open()
         try:
@@ -176,12 +191,15 @@ class Runtime:
 
     @asynccontextmanager
     async def flushing(self) -> AsyncIterator[Flusher]:
-        """A flusher at work; at the end a last flush, and its shards are handed over.
+        """A flusher at work, and a worker for summaries; at the end a last flush and a hand-over.
 
         It has connections of its own: a successor that finds its leases expired ends them, and must not
         hit this process's reads.
         """
-        async with _database(self.settings, application_name(self.flusher_id)) as database:
+        async with (
+            _database(self.settings, application_name(self.flusher_id)) as database,
+            self._summarizing() as worker,
+        ):
             flusher = Flusher(
                 self.settings,
                 self.client,
@@ -192,6 +210,7 @@ class Runtime:
                 self._grants,
                 self.metrics,
                 self.flusher_id,
+                worker.committed if worker else None,
             )
             async with anyio.create_task_group() as tasks:
                 await tasks.start(lambda *, task_status: flusher.run(task_status=task_status))
@@ -199,6 +218,41 @@ class Runtime:
                     yield flusher
                 finally:
                     flusher.stop()
+
+    @asynccontextmanager
+    async def _summarizing(self) -> AsyncIterator[SummaryWorker | None]:
+        """A worker for summaries, if there is a summarizer."""
+        async with open_summarizer(self.settings) as chosen:
+            summarizer = self._summarizer or chosen
+            if summarizer is None:
+                yield None
+                return
+            async with _database(self.settings, "buffer:summaries", CONNECTIONS) as database:
+                worker = SummaryWorker(
+                    self.settings,
+                    database,
+                    summarizer,
+                    self.metrics,
+                    self.flusher_id,
+                    self.summary_committed,
+                )
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(worker.run)
+                    yield worker
+                    tasks.cancel_scope.cancel()
+
+    async def summary_committed(self, tenant: str, conversation: str, summary: Summary) -> None:  # noqa: ARG002
+        """Called after a summary was committed, by the worker and by `Conversation.set_summary`.
+
+        The view is dropped, and not changed: a deletion may have taken the summary away again by now. If that
+        fails, a flusher does it.
+        """
+        key = conversation_key(tenant, conversation)
+        shard = shard_of(key, self.settings.shards)
+        state = self.member.states[shard]
+        if state.mode == "stream":
+            with contextlib.suppress(BufferError):
+                await self.views.drop(shard, state.epoch, [key.encode()])
 
     def _grants(self, expected: Callable[[], str | None]) -> Grants:
         """The grants over a link of their own, whose limit lets a manager try more than once."""

@@ -165,6 +165,12 @@ class ShardBatch:
                 found.append((entry, removed))
         return found
 
+    def changed(self) -> frozenset[bytes]:
+        """Conversations of which items are removed or erased."""
+        if self.plain:
+            return frozenset()
+        return frozenset(e.conversation_key for e in self.fresh() if e.kind != ITEM or e.cut is not None)
+
     def position(self, entry: Entry) -> int:
         """An entry's position."""
         return pack(self.owned.path_epoch, entry.sequence)

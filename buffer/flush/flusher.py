@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 
 import anyio
@@ -51,6 +51,11 @@ _RETRY_MOST_SECONDS = 1.0
 _LAST_FLUSH_SECONDS = 15.0
 
 
+# Called after a commit, a shard at a time: the shard, the conversation key of each entry, those of which
+# items were removed, and whether there is more to flush at once.
+OnCommit = Callable[[Owned, Iterable[bytes], Container[bytes], bool], None]
+
+
 def make_flusher_id() -> str:
     """A name for this flusher that a person can place."""
     return f"{socket.gethostname()[:20]}-{os.getpid()}-{uuid7_hex()[-8:]}"
@@ -70,8 +75,10 @@ class Flusher:
         make_grants: Callable[[Callable[[], str | None]], Grants],
         metrics: Metrics,
         flusher_id: str,
+        on_commit: OnCommit | None = None,
     ) -> None:
         self.id = flusher_id
+        self._on_commit = on_commit
         self._settings = settings
         self._client = client
         self._shards = shards
@@ -356,6 +363,10 @@ class Flusher:
             self._metrics["flush_batch_turns"].observe(batch.fresh)
             self._metrics["flush_duration_seconds"].observe(time.monotonic() - batch.fetched_at)
             self._metrics["last_flush_success_timestamp_seconds"].set_to_current_time()
+            if self._on_commit is not None:
+                for part in batch.parts:
+                    keys = [entry.conversation_key for entry in part.fresh()]
+                    self._on_commit(part.owned, keys, part.changed(), batch.full)
         for part in batch.parts:
             cursor = self._holdings.cursors.get(part.owned.shard)
             if cursor is not None and cursor.owned.fence == part.owned.fence:

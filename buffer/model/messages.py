@@ -48,7 +48,8 @@ def _add_call(messages: list[Message], item: Mapping[str, Any]) -> None:
     call = {"id": item.get("call_id"), "type": "function", "function": function}
     last = messages[-1] if messages else None
     if last is not None and last["role"] == "assistant":
-        last["tool_calls"] = [*last.get("tool_calls", []), call]
+        calls = last.get("tool_calls")
+        last["tool_calls"] = [*calls, call] if isinstance(calls, list) else [call]
     else:
         messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
 
@@ -65,7 +66,7 @@ def _content(content: Any) -> Any:
 
 def _part(part: Mapping[str, Any]) -> Message | None:
     kind = part.get("type")
-    if kind in _TEXTS:
+    if isinstance(kind, str) and kind in _TEXTS:
         return {"type": "text", "text": str(part.get("text", part.get("refusal", "")))}
     if kind == "input_image" and isinstance(part.get("image_url"), str):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}

@@ -77,10 +77,15 @@ class Item(dict[str, Any]):
 
 @dataclass(slots=True, frozen=True)
 class Summary:
-    """What stands for the items up to and including position ``through``."""
+    """What stands for the items up to and including position ``through``.
+
+    ``made_by`` is the model that made it, ``extractive``, or ``application`` for one that was set.
+    """
 
     text: str
     through: int
+    made_by: str = "application"
+    created_at: datetime | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,6 +93,7 @@ class Context:
     """What a prompt is built from: a summary, and the newest items, oldest first.
 
     ``over_budget``: even the fewest items that a model accepts alone are more than was asked for.
+    ``summary_left_out``: there is a summary, and no room for it beside the newest items.
     """
 
     items: list[Item]
@@ -95,6 +101,7 @@ class Context:
     complete: bool = True
     summary: Summary | None = None
     over_budget: bool = False
+    summary_left_out: bool = False
 
     def messages(self) -> list[Message]:
         """The summary and the items as chat-completions messages, see `buffer.model.messages`."""

@@ -59,12 +59,14 @@ def tiktoken_counter(model: str) -> TokenCounter:
 class Selection:
     """Items ``[first:]`` are kept; ``pinned`` says whether item 0 is kept besides them.
 
-    ``over``: even the fewest items that may stand alone are more than the budget.
+    ``over``: even the fewest items that may stand alone are more than the budget. ``summary``: whether there
+    is room for the summary, too.
     """
 
     first: int
     pinned: bool = False
     over: bool = False
+    summary: bool = True
 
 
 def possible_cuts(items: Sequence[Item]) -> list[int]:
@@ -104,15 +106,22 @@ def select(
 ) -> Selection:
     """The longest end of ``items`` that is within ``turns`` items and ``tokens`` tokens.
 
-    The summary and a pinned item count, too. If nothing fits, it is the shortest end that may stand alone.
+    The summary and a pinned item count, too. If nothing fits beside the summary, the summary is left out: the
+    newest items matter more. If nothing fits even so, it is the shortest end that may stand alone.
     """
-    if not items or (tokens is None and len(items) <= turns and _answers(items[0]) is None):
+    if not items:
+        return Selection(0, summary=tokens is None or summary_tokens <= tokens)
+    if tokens is None and len(items) <= turns and _answers(items[0]) is None:
         return Selection(0)  # all of them
     pinnable = pin_system and is_system(items[0])
     pinned_tokens = count(items[0]) if pinnable and tokens is not None else 0
     cuts = possible_cuts(items)[:-1] or [0]
+    room = True
+    if tokens is not None and summary_tokens:
+        least = sum(count(item) for item in items[cuts[-1] :]) + (pinnable and cuts[-1] > 0) * pinned_tokens
+        room = summary_tokens + least <= tokens
     best: int | None = None
-    used, counted = summary_tokens, len(items)
+    used, counted = summary_tokens * room, len(items)
     for first in reversed(cuts):
         pinned = pinnable and first > 0
         if tokens is not None:
@@ -124,7 +133,7 @@ def select(
             break
         best = first
     first = cuts[-1] if best is None else best
-    return Selection(first, pinned=pinnable and first > 0, over=best is None)
+    return Selection(first, pinned=pinnable and first > 0, over=best is None, summary=room)
 
 
 def _calls(item: Item) -> list[str]:

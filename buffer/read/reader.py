@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,8 +20,8 @@ from buffer.metrics import Metrics
 from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import MAX_POSITION, pack
-from buffer.model.record import ERASE, ITEM, Record, removal
-from buffer.model.types import Item, Slice
+from buffer.model.record import ERASE, ITEM, Record, Removal, removal
+from buffer.model.types import Item, Slice, Summary
 from buffer.path.member import Member
 from buffer.policy.merge import (
     Pending,
@@ -152,6 +152,7 @@ class Reader:
             *newest_page(older, newer, limit),
             stored.complete,
             last_of(tail, stored.last_position, stored.flushed_through),
+            standing(stored.summary, _removed(tail, stored)),
         )
 
     async def _oldest(self, where: Where, limit: int) -> Slice:
@@ -278,6 +279,20 @@ def _new_in_tail(tail: TailRead, stored: store_items.Slice, where: Where) -> lis
     """What the tail adds to what Postgres has."""
     new = new_in_tail(tail.pending, stored.flushed_through, stored.known)
     return [from_tail(tail, p) for p in between(new, where.after, where.before)]
+
+
+def _removed(tail: TailRead, stored: store_items.Slice) -> list[Removal]:
+    """What the tail removes from what Postgres has."""
+    return removals(
+        p for p in tail.pending if p.position > stored.flushed_through and p.item_id not in stored.known
+    )
+
+
+def standing(summary: Summary | None, removed: Sequence[Removal]) -> Summary | None:
+    """The summary, unless something that it covers is being removed."""
+    if summary is not None and any(removal.after < summary.through for removal in removed):
+        return None
+    return summary
 
 
 def _from_store(row: StoredItem) -> Item:

@@ -19,10 +19,10 @@ from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key
 from buffer.model.position import epoch_of, sequence_of
 from buffer.model.record import Removal
-from buffer.model.types import Item, Slice, Summary
+from buffer.model.types import Item, Slice
 from buffer.path.member import Member
 from buffer.policy.merge import newest_page, removals, unflushed, visible
-from buffer.read.reader import Reader, TailRead, from_tail, last_of
+from buffer.read.reader import Reader, TailRead, from_tail, last_of, standing
 from buffer.settings import Settings
 from buffer.store.items import ItemReader, Snapshot, StoredItem, Where
 from buffer.stream.shards import Refused
@@ -142,7 +142,7 @@ class ViewReader:
             more or beyond,
             True,
             last_of(tail, in_view, view.facts.through),
-            _standing(view.summary, removed),
+            standing(view.summary, removed),
             _still(view.first, removed) if first else None,
         )
 
@@ -207,16 +207,9 @@ class ViewReader:
             more or snapshot.more,
             stored.complete,
             last_of(tail, stored.last_position, stored.flushed_through),
-            _standing(snapshot.summary, removed),
+            standing(snapshot.slice.summary, removed),
             _still(first, removed),
         )
-
-
-def _standing(summary: Summary | None, removed: Sequence[Removal]) -> Summary | None:
-    """The summary, unless something that it covers is being removed."""
-    if summary is not None and any(removal.after < summary.through for removal in removed):
-        return None
-    return summary
 
 
 def _still(item: Item | None, removed: Sequence[Removal]) -> Item | None:
@@ -238,7 +231,7 @@ def _view_of(snapshot: Snapshot, most_bytes: int, most_items: int) -> bytes:
         whole=not snapshot.more and len(kept) == len(snapshot.slice.items),
         first=_encoded(snapshot.first) if snapshot.first else None,
         facts=Facts(snapshot.slice.last_position or 0, snapshot.slice.flushed_through),
-        summary=snapshot.summary,
+        summary=snapshot.slice.summary,
     )
 
 

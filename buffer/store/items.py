@@ -80,6 +80,7 @@ class Slice:
     known: frozenset[str]
     complete: bool
     last_position: int | None
+    summary: Summary | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -89,7 +90,6 @@ class Snapshot:
     slice: Slice
     more: bool
     first: StoredItem | None
-    summary: Summary | None
 
 
 class ItemReader:
@@ -150,7 +150,7 @@ class ItemReader:
                 top["first_position"], top["first_id"], top["first_created_at"], top["first_data"]
             )
         more = top["looked_at"] is not None and top["looked_at"] > len(stored.items)
-        return Snapshot(stored, more, first, None)
+        return Snapshot(stored, more, first)
 
     async def last_position(self, tenant: str, conversation: str) -> int | None:
         """The conversation's last position in Postgres, removed items and removals included."""
@@ -196,6 +196,15 @@ def _slice(rows: Sequence[asyncpg.Record]) -> Slice:
         frozenset(top["known"]),
         not top["incomplete"],
         top["last_position"],
+        _summary(top),
+    )
+
+
+def _summary(row: asyncpg.Record) -> Summary | None:
+    if row.get("summary_through") is None:
+        return None
+    return Summary(
+        row["summary_text"], row["summary_through"], row["summary_made_by"], row["summary_created_at"]
     )
 
 

@@ -52,7 +52,12 @@ async def remove(connection: Connection, cuts: Sequence[Cut]) -> set[int]:
         # Letters before items: a retry of one holds it locked until its item is there.
         await connection.execute(_SQL["remove_letters"], tenants, conversations, after, before)
         await connection.execute(_SQL["remove_items"], tenants, conversations, after, before)
-    return {row["position"] for row in new}
+        fresh = {row["position"] for row in new}
+        applied = [cut for cut in cuts if cut.position in fresh]
+        columns = zip(*((cut.tenant, cut.conversation, cut.after) for cut in applied), strict=True)
+        if applied:
+            await connection.execute(_SQL["remove_summaries"], *columns)
+    return fresh
 
 
 async def erase(connection: Connection, erasures: Sequence[Erasure]) -> set[Erasure]:
@@ -67,6 +72,8 @@ async def erase(connection: Connection, erasures: Sequence[Erasure]) -> set[Eras
         new = await connection.fetch(_SQL["add_tombstones"], *columns)
         for table in ("letters", "items", "removals", "conversations"):
             await connection.execute(_SQL[f"erase_{table}"], *columns)
+        # All of them: one that goes further was rolled forward from what is erased.
+        await connection.execute(_SQL["remove_summaries"], tenants, conversations, [0] * len(last))
     raised = {(r["tenant"], r["conversation"]) for r in new}
     return {erasure for erasure in erasures if erasure[:2] in raised}
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from buffer.store import queries
 from buffer.store.items import StoredItem
 from buffer.store.pool import Connection, Database, translated
+from buffer.store.summaries import APPLICATION
 
 _SQL = queries.load("transfer")
 
@@ -85,6 +86,12 @@ async def digests(
     with translated():
         rows = await connection.fetch(_SQL["digests"], *zip(*ids, strict=True))
     return {tuple(row[:3]): StoredDigest(*row[3:]) for row in rows}
+
+
+async def drop_summaries(connection: Connection, first: Sequence[tuple[str, str, int]]) -> None:
+    """Drop summaries that lack new items: by (tenant, conversation), the first new item's position."""
+    with translated():
+        await connection.execute(_SQL["drop_summaries"], *zip(*first, strict=True), APPLICATION)
 
 
 class TakenPositions:

@@ -135,6 +135,7 @@ async def _transaction(database: Database, parts: Sequence[Part]) -> Outcome:
     outcome = Outcome()
     rows: list[Row] = []
     unlike: list[_Unlike] = []
+    inserted: list[tuple[str, str, int]] = []
     async with database.transaction() as connection:
         states = await transfer.lock_conversations(connection, described, IMPORT_END)
         both = list(zip(parts, states, strict=True))
@@ -147,10 +148,14 @@ async def _transaction(database: Database, parts: Sequence[Part]) -> Outcome:
             await placement.place(there)
             rows += placement.rows
             unlike += placement.unlike
+            if placement.rows and state.has_items:
+                inserted.append((*part.line.key, min(row.position for row in placement.rows)))
         await _compare_bodies(connection, unlike, outcome)
         if rows:
             await items.copy_rows(connection, rows)
             await stale_views.note(connection, [row[:2] for row in rows])
+        if inserted:
+            await transfer.drop_summaries(connection, inserted)
     outcome.stored = len(rows)
     return outcome
 

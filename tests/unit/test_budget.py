@@ -68,12 +68,14 @@ _ITEMS = st.lists(
 )  # fmt: skip
 
 
-@given(_ITEMS, st.integers(1, 16), st.none() | st.integers(1, 200), st.booleans())
+@given(
+    _ITEMS, st.integers(1, 16), st.none() | st.integers(1, 200), st.booleans(), st.sampled_from([0, 20, 90])
+)
 def test_selection_keeps_as_much_as_fits_and_tears_nothing_apart(
-    items: list[Any], turns: int, tokens: int | None, pin: bool
+    items: list[Any], turns: int, tokens: int | None, pin: bool, summary: int
 ) -> None:
     """Against the plain definition: try every possible cut, take the longest that fits."""
-    kept = select(items, turns=turns, tokens=tokens, pin_system=pin)
+    kept = select(items, turns=turns, tokens=tokens, pin_system=pin, summary_tokens=summary)
     if not items:
         assert kept.first == 0
         return
@@ -83,6 +85,9 @@ def test_selection_keeps_as_much_as_fits_and_tears_nothing_apart(
         return len(chosen), sum(map(estimate_tokens, chosen))
 
     cuts = possible_cuts(items)[:-1] or [0]
+    assert kept.summary == (not summary or tokens is None or summary + cost(cuts[-1])[1] <= tokens)
+    if tokens is not None:
+        tokens -= summary * kept.summary
     fitting = [c for c in cuts if cost(c)[0] <= turns and (tokens is None or cost(c)[1] <= tokens)]
     assert kept.over == (not fitting)
     assert kept.first == (min(fitting) if fitting else cuts[-1])
@@ -101,6 +106,18 @@ def test_summary_counts() -> None:
     each = estimate_tokens(items[0])
     assert select(items, turns=20, tokens=3 * each).first == 2
     assert select(items, turns=20, tokens=3 * each, summary_tokens=each).first == 3
+
+
+def test_summary_without_room_beside_the_newest_items_is_left_out() -> None:
+    """They matter more; alone, and on its own, it is kept if it fits."""
+    items = [user("x" * 40)] * 5
+    each = estimate_tokens(items[0])
+    kept = select(items, turns=20, tokens=2 * each, summary_tokens=each + 1)
+    assert (kept.first, kept.summary, kept.over) == (3, False, False)
+    kept = select(items, turns=20, tokens=each - 1, summary_tokens=1)
+    assert (kept.first, kept.summary, kept.over) == (4, False, True)
+    assert select([], turns=20, tokens=10, summary_tokens=10).summary
+    assert not select([], turns=20, tokens=10, summary_tokens=11).summary
 
 
 def test_own_counter_decides() -> None:

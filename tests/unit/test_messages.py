@@ -66,6 +66,15 @@ def test_chat_completions_items_pass_unchanged() -> None:
     assert to_messages(items) == items
 
 
+def test_odd_values_where_a_shape_has_others_break_nothing() -> None:
+    """Items are the application's: a list for a type, null for calls."""
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    odd = {"role": "assistant", "content": [{"type": []}, {"type": "text", "text": "x"}], "tool_calls": None}
+    (message,) = to_messages([odd, call])
+    assert message["content"] == [{"type": "text", "text": "x"}]
+    assert [made["id"] for made in message["tool_calls"]] == ["a"]
+
+
 def test_summary_comes_first() -> None:
     """As a system message."""
     context = Context([], None, summary=Summary("they like tea", 7))

@@ -107,6 +107,8 @@ def test_settings_cannot_be_changed_after_the_start() -> None:
         ("key_prefix", "a{b}", "match pattern"),
         ("key_prefix", "", "match pattern"),
         ("redis_url", "127.0.0.1:6379", "must be a URL"),
+        ("summarizer", "magic", "'none', 'extractive' or 'openai'"),
+        ("summary_max_bytes", "511", "greater than or equal to 512"),
     ],
 )
 def test_an_error_names_the_variable_and_its_limit(
@@ -238,6 +240,69 @@ def test_another_wrong_setting_does_not_bring_out_a_right_url() -> None:
     """Errors quote what is wrong, not the other settings beside it."""
     error = refused(postgres_url=f"postgresql://u:{SECRET}@db/buffer", shards=0)
     assert SECRET not in everything_printed(error)
+
+
+# --- the summarizer
+
+
+def test_a_model_is_needed_with_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found at the start, by the name of the variable that is missing."""
+    monkeypatch.setenv("BUFFER_SUMMARIZER", "openai")
+    assert str(refused()).startswith("BUFFER_SUMMARIZER_MODEL: ")
+    monkeypatch.setenv("BUFFER_SUMMARIZER_MODEL", "m-1")
+    assert Settings.load().summarizer_model == "m-1"
+
+
+@pytest.mark.parametrize("name", ["repr", "str", "dump", "error"])
+def test_a_key_is_shown_nowhere(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Not by the settings, and not by an error about itself or another setting."""
+    monkeypatch.setenv("BUFFER_SUMMARIZER_API_KEY", f" {SECRET}\n")
+    settings = Settings.load()
+    assert settings.summarizer_api_key.get_secret_value() == SECRET
+    assert Settings.load(**settings.model_dump()) == settings
+    shown = {
+        "repr": lambda: repr(settings),
+        "str": lambda: f"{settings}",
+        "dump": lambda: repr(settings.model_dump()),
+        "error": lambda: everything_printed(refused(shards=0)),
+    }
+    assert SECRET not in shown[name]()
+
+
+@pytest.mark.parametrize("key", [f"{SECRET}\nX-Header: 1", f"{SECRET}\xe9", f"{SECRET} more", [SECRET]])
+def test_a_key_that_fits_no_header_is_refused_without_being_quoted(key: Any) -> None:
+    """The HTTP client would quote it."""
+    error = refused(summarizer_api_key=key)
+    assert str(error).startswith("BUFFER_SUMMARIZER_API_KEY: ")
+    assert SECRET not in everything_printed(error)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://user:{SECRET}@api.example/v1",
+        f"https://{SECRET}@api.example/v1",
+        f"https://api.example/v1?key={SECRET}",
+        f"https://api.example/v1#{SECRET}",
+        SECRET,
+    ],
+)
+def test_an_endpoint_with_a_secret_in_its_url_is_refused(url: str) -> None:
+    """The client logs the URL of each request."""
+    error = refused(summarizer_base_url=url)
+    assert str(error).startswith("BUFFER_SUMMARIZER_BASE_URL: ")
+    assert SECRET not in everything_printed(error)
+
+
+@pytest.mark.parametrize("url", ["ftp://api.example/v1", "https:///v1", "api.example/v1", ""])
+def test_an_endpoint_is_an_http_url(url: str) -> None:
+    """Found at the start, not at the first summary."""
+    assert "must be an http:// or https:// URL" in str(refused(summarizer_base_url=url))
+
+
+def test_a_final_slash_of_an_endpoint_does_not_matter() -> None:
+    """``/v1/`` and ``/v1`` are the same."""
+    assert Settings.load(summarizer_base_url="http://[::1]:11434/v1/").summarizer_base_url.endswith("/v1")
 
 
 @given(st.text(), st.text(st.characters(exclude_characters="/#?@", exclude_categories=["Cs"]), min_size=1))

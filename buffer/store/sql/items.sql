@@ -4,7 +4,8 @@
 -- The newest items between two positions, newest first. One row of NULLs where there are none.
 -- $1 tenant, $2 conversation, $3 after, $4 before (excluded), $5 limit, $6 shard, $7 $8 $9 removals that
 -- are not flushed yet (after, before, by which item), $10 ids that are not flushed yet; `known` tells which
--- of them are stored: what came before its flush, or a repeat, which removes nothing
+-- of them are stored: what came before its flush, or a repeat, which removes nothing. The summary's text is
+-- in the first row only
 select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
     array(
         select item_id from buffer.items
@@ -17,8 +18,16 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data,
         (select max(position) from buffer.items
          where tenant = $1 and conversation = $2 and data is not null),
         (select max(position) from buffer.removals where tenant = $1 and conversation = $2)
-    ) as last_position
+    ) as last_position,
+    m.through as summary_through, m.made_by as summary_made_by, m.created_at as summary_created_at,
+    case when row_number() over (order by i.position desc) = 1 then m.text end as summary_text
 from buffer.shards s
+left join lateral (
+    select through, text, made_by, created_at from buffer.summaries
+    where tenant = $1 and conversation = $2
+    order by through desc
+    limit 1
+) m on true
 left join lateral (
     select position, item_id, created_at, data
     from buffer.items
@@ -91,8 +100,16 @@ select s.flushed_through, i.position, i.item_id, i.created_at, i.data, i.looked_
         (select max(position) from buffer.items
          where tenant = $1 and conversation = $2 and data is not null),
         (select max(position) from buffer.removals where tenant = $1 and conversation = $2)
-    ) as last_position
+    ) as last_position,
+    m.through as summary_through, m.made_by as summary_made_by, m.created_at as summary_created_at,
+    case when row_number() over (order by i.position desc) = 1 then m.text end as summary_text
 from buffer.shards s
+left join lateral (
+    select through, text, made_by, created_at from buffer.summaries
+    where tenant = $1 and conversation = $2
+    order by through desc
+    limit 1
+) m on true
 left join lateral (
     select newest.*, row_number() over rows as n, count(*) over () as looked_at,
         sum(pg_column_size(data)) over rows as bytes

@@ -32,6 +32,13 @@ from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) as cut (tenant, 
 where i.tenant = cut.tenant and i.conversation = cut.conversation
   and i.position > cut.after and i.position < cut.before and i.data is not null
 
+-- name: remove_summaries
+-- Those that may hold what is removed. A statement after the lock: it sees what was written meanwhile.
+-- $1 tenants, $2 conversations, $3 after
+delete from buffer.summaries s
+using unnest($1::text[], $2::text[], $3::bigint[]) as cut (tenant, conversation, after)
+where s.tenant = cut.tenant and s.conversation = cut.conversation and s.through > cut.after
+
 -- name: add_tombstones
 -- $1 tenants, $2 conversations, $3 positions. Returns which were new.
 insert into buffer.tombstones as t (tenant, conversation, through)

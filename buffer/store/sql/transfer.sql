@@ -40,6 +40,13 @@ select i.tenant, i.conversation, i.item_id, i.position, sha256(convert_to(i.data
 from unnest($1::text[], $2::text[], $3::text[]) as wanted (tenant, conversation, item_id)
 join buffer.items i using (tenant, conversation, item_id)
 
+-- name: drop_summaries
+-- Made before items came to stand within them. What an application wrote stays.
+-- $1 tenants, $2 conversations, $3 first positions of new items, $4 what an application's is made by
+delete from buffer.summaries s
+using unnest($1::text[], $2::text[], $3::bigint[]) as new (tenant, conversation, first)
+where s.tenant = new.tenant and s.conversation = new.conversation and s.through > new.first and s.made_by <> $4
+
 -- name: taken
 -- Positions that are taken, from one on.
 -- $1 tenant, $2 conversation, $3 from, $4 limit
