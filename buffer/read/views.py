@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from buffer.errors import BufferError
+from buffer.errors import BufferError, RedisUnavailable
 from buffer.metrics import Metrics, Tally
 from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key
@@ -25,8 +25,9 @@ from buffer.policy.merge import newest_page, removals, unflushed, visible
 from buffer.read.reader import Reader, TailRead, from_tail, last_of
 from buffer.settings import Settings
 from buffer.store.items import ItemReader, Snapshot, StoredItem, Where
+from buffer.stream.link import LinkLost
 from buffer.stream.shards import Refused
-from buffer.stream.views import Facts, View, ViewItem, Views, encode
+from buffer.stream.views import View, ViewItem, Views, encode
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class ViewReader:
     def _merged(self, where: Where, tail: TailRead, view: View, limit: int) -> Slice | None:
         """What view and tail say; None if that is not enough of the conversation."""
         known = {item.id for item in view.items} if tail.pending else set()
-        pending = [p for p in tail.pending if p.position > view.facts.through and p.item_id not in known]
+        pending = [p for p in tail.pending if p.item_id not in known]
         removed = removals(pending)
         older = view.items if tail.whole else []
         if removed:
@@ -119,22 +120,24 @@ class ViewReader:
         self._reader.show(where, tail)
         page, more = newest_page(older[-limit - 1 :], [from_tail(tail, p) for p in newer], limit)
         first = view.first
-        in_view = max(view.facts.last, view.items[-1].position if view.items else 0)
+        in_view = max(view.last, view.items[-1].position if view.items else 0)
         return Slice(
             page,
             more,
             True,
-            last_of(tail, in_view, view.facts.through),
+            last_of(tail, in_view, 0),
             _standing(view.summary, removed),
             first if first and visible(first.position, removed) else None,
         )
 
     async def _fill(self, where: Where, key: str, tail: TailRead, limit: int) -> Slice | None:
         """Read Postgres and put the view in place; None if another process is at it."""
-        token = os.urandom(8).hex().encode()
+        claim = (where.shard, tail.epoch, key.encode(), os.urandom(8).hex().encode())
+        claimed: bool | None = False
         done = self._filling[key] = asyncio.get_running_loop().create_future()
         try:
-            if not await self._views.claim(where.shard, tail.epoch, key.encode(), token):
+            claimed = await self._claim(*claim)
+            if claimed is False:
                 return None
             if not tail.whole:
                 tail = await self._reader.tail_of(where)
@@ -146,22 +149,37 @@ class ViewReader:
                 [p.item_id for p in tail.pending if p.item_id is not None],
             )
             self._reader.check(where, tail, snapshot.slice)
-            await self._put(where, key.encode(), tail.epoch, token, snapshot)
+            if claimed:
+                await self._put(*claim, snapshot)
+        except BaseException:
+            if claimed:
+                self._views.give_back(*claim)
+            raise
         finally:
             del self._filling[key]
             done.set_result(None)
         return self._answer(tail, snapshot, limit)
 
-    async def _put(self, where: Where, key: bytes, epoch: int, token: bytes, snapshot: Snapshot) -> None:
+    async def _claim(self, shard: int, epoch: int, key: bytes, token: bytes) -> bool | None:
+        """Whether this read may fill the view; None: nobody may, since Redis takes no writes now."""
+        try:
+            return await self._views.claim(shard, epoch, key, token)
+        except (Refused, LinkLost):
+            raise
+        except RedisUnavailable as error:
+            _log.debug("no view can be filled: %s", error)
+            return None
+
+    async def _put(self, shard: int, epoch: int, key: bytes, token: bytes, snapshot: Snapshot) -> None:
         """A view that could not be put in place is missing, and nothing else."""
         stored = snapshot.slice
         if not stored.complete:  # until somebody has acted, Postgres is asked
-            await self._views.drop(where.shard, epoch, [key])
+            await self._views.drop(shard, epoch, [key])
             return
         flushed = sequence_of(stored.flushed_through) if epoch_of(stored.flushed_through) == epoch else -1
         view = _view_of(snapshot, self._settings.view_max_bytes, self._settings.view_max_items)
         try:
-            await self._views.fill(where.shard, epoch, key, token, flushed, view)
+            await self._views.fill(shard, epoch, key, token, flushed, view)
         except Refused:
             raise
         except BufferError as error:
@@ -208,7 +226,7 @@ def _view_of(snapshot: Snapshot, most_bytes: int, most_items: int) -> bytes:
         kept[::-1],
         whole=not snapshot.more and len(kept) == len(snapshot.slice.items),
         first=_encoded(snapshot.first) if snapshot.first else None,
-        facts=Facts(snapshot.slice.last_position or 0, snapshot.slice.flushed_through),
+        last=snapshot.slice.last_position or 0,
         summary=snapshot.summary,
     )
 

@@ -15,7 +15,7 @@ from buffer import Buffer, Settings, Unavailable
 from buffer.app.runtime import open_database
 from buffer.model.position import sequence_of
 from buffer.stream.shards import Refused
-from buffer.stream.views import Facts, encode
+from buffer.stream.views import encode
 from buffer.transfer import import_file
 from tests.support.paths import on_path
 from tests.support.polling import eventually
@@ -222,7 +222,7 @@ async def test_a_fill_that_missed_a_flush_is_not_put_in_place(patient: Buffer) -
     target = conversation._target
     epoch = runtime.member.states[target.shard].epoch
     await runtime.views.drop(target.shard, epoch, [target.key_bytes])
-    empty = encode([], whole=True, first=None, facts=Facts(), summary=None)
+    empty = encode([], whole=True, first=None, last=0, summary=None)
 
     for snapshot_first in (True, False):
         assert await runtime.views.claim(target.shard, epoch, target.key_bytes, b"token")
@@ -241,7 +241,7 @@ async def test_a_fill_without_its_claim_or_of_another_epoch_is_refused(patient: 
     target = patient.conversation("c")._target
     await on_path(patient, "stream")
     epoch = runtime.member.states[target.shard].epoch
-    empty = encode([], whole=True, first=None, facts=Facts(), summary=None)
+    empty = encode([], whole=True, first=None, last=0, summary=None)
     assert await runtime.views.claim(target.shard, epoch, target.key_bytes, b"token")
     assert not await runtime.views.fill(target.shard, epoch, target.key_bytes, b"other", 99, empty)
     await runtime.views.drop(target.shard, epoch, [target.key_bytes])

@@ -3,15 +3,15 @@
 --
 -- KEYS  1 stream   2 shard   3 leases   4 fills   then the views of these entries' conversations
 -- ARGV  1 epoch    2 mark before   3 mark after   4 bytes
---       5 a view's time to live in ms, 0 for no views   6 its most bytes   7 its most items
+--       5 a view's time to live in ms   6 its most bytes   7 its most items
 --       8 for each conversation what becomes of its view: "a" appended to, "n" begun, "x" dropped
 --       then the conversations
 -- Reply the mark. Entries (before, after] leave the stream and their conversations' tails, and enter the
 --       views that are there, in one step; when the mark is not `before`, another call settled them (or
 --       Redis lost one): nothing happens.
 --
--- A full Redis must let this run, or it would stay full: without views it only ever frees memory. The format
--- of a view is that of `buffer/stream/views.py`.
+-- A full Redis must let this run, or it would stay full: where it is nearly full, all views are dropped, and
+-- it only ever frees memory. The format of a view is that of `buffer/stream/views.py`.
 
 local call, sub, format = redis.call, string.sub, string.format
 local conversations = { unpack(ARGV, 9) }
@@ -41,24 +41,25 @@ local function shorten(key)
   call('SET', key, table.concat(parts), 'KEEPTTL')
 end
 
-local NO_FACTS, NO_SUMMARY, NO_ITEMS = '00000000', '00000000', '000000,'
+local NO_LAST, NO_SUMMARY, NO_ITEMS = '00000000', '00000000', '000000,'
 
 -- What this step adds to each view that is there, or begins.
 local open, any, dropped = {}, false, {}
-if ARGV[5] ~= '0' then
-  for i, conversation in ipairs(conversations) do
-    local flag = sub(ARGV[8], i, i)
-    if flag == 'x' then
-      dropped[#dropped + 1] = KEYS[4 + i]
-    else
-      local count = call('GETRANGE', KEYS[4 + i], -7, -2)
-      if count ~= '' then
-        open[conversation] = { key = KEYS[4 + i], count = tonumber(count), parts = {} }
-        any = true
-      elseif flag == 'n' then
-        open[conversation] = { key = KEYS[4 + i], count = 0, begins = true, parts = {} }
-        any = true
-      end
+for i, conversation in ipairs(conversations) do
+  local key, flag = KEYS[4 + i], sub(ARGV[8], i, i)
+  if flag == 'x' then
+    dropped[#dropped + 1] = key
+  else
+    local count = call('GETRANGE', key, -7, -2)
+    local view = { key = key, count = tonumber(count) or 0, parts = {} }
+    if count == '' and flag == 'n' then
+      view.begins, view.front = true, NO_LAST .. NO_SUMMARY .. NO_ITEMS
+    elseif view.count == 0 and call('GETRANGE', key, 8, 16) == '1' .. '00000000' then
+      view.front = call('GETRANGE', key, 17, -1)  -- it waits for the conversation's first item
+    end
+    if count ~= '' or view.begins then
+      open[conversation] = view
+      any = true
     end
   end
 end
@@ -74,16 +75,23 @@ if any then
       local at = string.gsub(entry[1], '-', ',')
       item = string.gsub(item, '["\\]', '\\%0')
       local element = '[' .. at .. ',"' .. item .. '",' .. ms .. ',' .. data .. ']'
-      if view.begins and view.count == 1 then
+      if view.front and view.count == 1 then
         local first = #element <= 8192 and element or ''
-        local front = '1' .. format('%08d', #first) .. first .. NO_FACTS .. NO_SUMMARY .. NO_ITEMS
+        local front = '1' .. format('%08d', #first) .. first .. view.front
         view.parts[1] = format('%08d', #front) .. front
       end
       view.parts[#view.parts + 1] = element .. ',1' .. format('%08d%06d,', #element, view.count)
     end
   end
   for _, view in pairs(open) do
-    local length = call('APPEND', view.key, table.concat(view.parts))
+    local length
+    if view.front then
+      local whole = table.concat(view.parts)
+      length = #whole
+      call('SET', view.key, whole, 'KEEPTTL')
+    else
+      length = call('APPEND', view.key, table.concat(view.parts))
+    end
     if view.begins then call('PEXPIRE', view.key, ARGV[5]) end
     if length > most_bytes or view.count >= 2 * most_items then shorten(view.key) end
   end

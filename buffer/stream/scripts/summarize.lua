@@ -14,7 +14,7 @@ local sub, format = string.sub, string.format
 local front_end = 8 + tonumber(sub(view, 1, 8))
 local front = sub(view, 9, front_end)
 local first_end = 9 + tonumber(sub(front, 2, 9))
-local facts_end = first_end + 8 + tonumber(sub(front, first_end + 1, first_end + 8))
-front = sub(front, 1, facts_end) .. format('%08d', #ARGV[3]) .. ARGV[3] .. '000000,'
+local last_end = first_end + 8 + tonumber(sub(front, first_end + 1, first_end + 8))
+front = sub(front, 1, last_end) .. format('%08d', #ARGV[3]) .. ARGV[3] .. '000000,'
 redis.call('SET', KEYS[3], format('%08d', #front) .. front .. sub(view, front_end + 1), 'KEEPTTL')
 return 1
