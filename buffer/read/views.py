@@ -158,7 +158,8 @@ class ViewReader:
         finally:
             del self._filling[key]
             done.set_result(None)
-        return self._answer(tail, snapshot, limit)
+        answer = self._answer(tail, snapshot, limit)
+        return answer or await self._reader.newest_of(where, limit)
 
     async def _claim(self, shard: int, epoch: int, key: bytes, token: bytes) -> bool | None:
         """Whether this read may fill the view; None: nobody may, since Redis takes no writes now."""
@@ -185,7 +186,8 @@ class ViewReader:
         except BufferError as error:
             _log.debug("view not filled: %s", error)
 
-    def _answer(self, tail: TailRead, snapshot: Snapshot, limit: int) -> Slice:
+    def _answer(self, tail: TailRead, snapshot: Snapshot, limit: int) -> Slice | None:
+        """What snapshot and tail say; None if the tail removes so much of it that more is needed."""
         stored = snapshot.slice
         pending = [
             p for p in tail.pending if p.position > stored.flushed_through and p.item_id not in stored.known
@@ -193,6 +195,8 @@ class ViewReader:
         removed = removals(pending)
         rows = [row for row in reversed(stored.items) if visible(row.position, removed)]
         newer = [from_tail(tail, p) for p in unflushed(pending, 0)]
+        if snapshot.more and len(rows) + len(newer) <= limit:
+            return None
         page, more = newest_page([_from_row(row) for row in rows], newer, limit)
         first = snapshot.first
         return Slice(

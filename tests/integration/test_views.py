@@ -213,6 +213,20 @@ async def test_a_view_never_shows_what_was_removed(patient: Buffer, redis: Redis
         await evict(redis, patient)
 
 
+async def test_a_fill_looks_further_back_where_the_tail_removes_what_it_found(
+    patient: Buffer, redis: Redis
+) -> None:
+    """A replacement that is not flushed removes more than the newest items that a fill asks for."""
+    conversation = patient.conversation("c")
+    await conversation.extend([{}] * 30, ids=[f"m-{n}" for n in range(30)])
+    await patient.flush()
+    await conversation.append({}, id="last", replace_after="m-9")
+    for turns in (1, 2, 3, 10, 11, 12):
+        await evict(redis, patient)
+        for _ in range(2):
+            assert await shown(patient, turns) == [*(f"m-{n}" for n in range(10)), "last"][-turns:]
+
+
 async def test_a_fill_that_missed_a_flush_is_not_put_in_place(patient: Buffer) -> None:
     """Settled after its snapshot: refused. Settled between claim and snapshot: accepted."""
     runtime = patient.runtime
