@@ -73,7 +73,10 @@ def decode(entries: Iterable[RawEntry]) -> tuple[list[Entry], UnknownRecordForma
 
 
 class Written(NamedTuple):
-    """What the commit of a batch showed: conversations that begin with it, and those with misfits."""
+    """What the commit of a batch showed.
+
+    ``begun``: conversations of which there was nothing before; ``misfits``: those that have some.
+    """
 
     begun: set[bytes]
     misfits: set[bytes]

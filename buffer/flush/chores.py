@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import anyio
 
-from buffer.errors import BufferError
+from buffer.errors import BufferError, Unavailable
 from buffer.metrics import Metrics
 from buffer.model.ids import conversation_key, shard_of
+from buffer.model.position import epoch_of, sequence_of
 from buffer.store import stale_views
 from buffer.store.ledger import LossLedger
 from buffer.store.pool import Database
+from buffer.store.stale_views import Streaming
+from buffer.stream.shards import Shards
 from buffer.stream.views import Views
 
 _log = logging.getLogger(__name__)
 
 _LEDGER_SECONDS = 2.0
 _STALE_VIEWS_SECONDS = 0.5
+_SETTLED_SECONDS = 1.0
+_AGAIN_SECONDS = 0.01
 
 
 class Chores:
     """The chores of one flusher; with several, each does what it finds."""
 
-    def __init__(self, database: Database, views: Views, metrics: Metrics) -> None:
+    def __init__(self, database: Database, shards: Shards, views: Views, metrics: Metrics) -> None:
         self._database = database
+        self._shards = shards
         self._ledger = LossLedger(database)
         self._views = views
         self._metrics = metrics
@@ -62,12 +69,30 @@ class Chores:
                 await asyncio.sleep(_STALE_VIEWS_SECONDS)
 
     async def _drop_some(self) -> int:
-        async with stale_views.taken(self._database) as (pairs, epochs):
+        async with stale_views.taken(self._database) as (pairs, paths):
             by_shard: dict[int, list[bytes]] = {}
             for pair in pairs:
                 key = conversation_key(*pair)
-                by_shard.setdefault(shard_of(key, len(epochs)), []).append(key.encode())
+                by_shard.setdefault(shard_of(key, len(paths)), []).append(key.encode())
             for shard, keys in by_shard.items():
-                if (epoch := epochs[shard]) is not None:
-                    await self._views.drop(shard, epoch, keys)
+                if (path := paths[shard]) is not None:
+                    await self._settled(shard, path)
+                    await self._views.drop(shard, path.epoch, keys)
         return len(pairs)
+
+    async def _settled(self, shard: int, path: Streaming) -> None:
+        """Return once Redis has been told of all that was committed before: it may begin a view yet.
+
+        Raises:
+            Unavailable: it has not been for long.
+        """
+        through = path.flushed_through
+        wanted = sequence_of(through) if epoch_of(through) == path.epoch else -1
+        deadline = time.monotonic() + _SETTLED_SECONDS
+        while True:
+            ((epoch, mark),) = await self._shards.marks([shard])
+            if epoch != path.epoch or mark >= wanted:
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable(f"shard {shard}: {wanted} is committed, Redis knows of {mark}")
+            await asyncio.sleep(_AGAIN_SECONDS)

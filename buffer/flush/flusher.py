@@ -101,7 +101,7 @@ class Flusher:
         self._nudged: set[int] = set()
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._chores = Chores(database, views, metrics)
+        self._chores = Chores(database, shards, views, metrics)
         self._view_limits = ViewLimits(
             int(settings.conversation_ttl_seconds * 1000) if settings.view_max_bytes else 0,
             settings.view_max_bytes,

@@ -98,6 +98,8 @@ class Writer:
         fenced = {move.shard for move in moves} - moved
         if fenced:
             raise Fenced(fenced)
+        if begun:  # only now that the shards' rows are locked does nobody else add letters
+            begun -= await dead_letters.holders(connection, begun)
         return {conversation_key(*identity).encode() for identity in begun}
 
     def _new_conversations(self, batch: Batch) -> dict[int, dict[bytes, NewConversation]]:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from buffer.errors import BufferError
+from buffer.errors import BufferError, RedisUnavailable
 from buffer.metrics import Metrics, Tally
 from buffer.model.codec import decode_item
 from buffer.model.ids import conversation_key
@@ -25,8 +25,9 @@ from buffer.policy.merge import newest_page, removals, unflushed, visible
 from buffer.read.reader import Reader, TailRead, from_tail, last_of, standing
 from buffer.settings import Settings
 from buffer.store.items import ItemReader, Snapshot, StoredItem, Where
+from buffer.stream.link import LinkLost
 from buffer.stream.shards import Refused
-from buffer.stream.views import Facts, View, ViewItem, Views, encode
+from buffer.stream.views import View, ViewItem, Views, encode
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class ViewReader:
         if state.mode == "stream" and self._settings.view_max_bytes:
             outcome, answer = await self._by_view(where, state.epoch, limit, first, began + _WAIT_SECONDS)
         if answer is None:
-            answer = await self._by_postgres(where, await self._reader.tail_of(where), limit)
+            answer = await self._by_postgres(where, limit)
         tier = "postgres" if outcome in {"miss", "beyond"} else "redis"
         self._requests.inc(("conversation", tier, outcome), 1)
         self._seconds.observe(time.perf_counter() - began, ("view" if tier == "redis" else tier,))
@@ -125,7 +126,7 @@ class ViewReader:
     ) -> Slice | None:
         """What view and tail say; None if that is not enough of the conversation."""
         known = {item.id for item in view.items} if tail.pending else set()
-        pending = [p for p in tail.pending if p.position > view.facts.through and p.item_id not in known]
+        pending = [p for p in tail.pending if p.item_id not in known]
         removed = removals(pending)
         older = view.items if tail.whole else []
         if removed:
@@ -136,34 +137,54 @@ class ViewReader:
             return None
         self._reader.show(where, tail)
         page, more = newest_page(older, [from_tail(tail, p) for p in newer], limit)
-        in_view = max(view.facts.last, view.items[-1].position if view.items else 0)
+        in_view = max(view.last, view.items[-1].position if view.items else 0)
         return Slice(
             page,
             more or beyond,
             True,
-            last_of(tail, in_view, view.facts.through),
+            last_of(tail, in_view, 0),
             standing(view.summary, removed),
             _still(view.first, removed) if first else None,
         )
 
     async def _fill(self, where: Where, key: str, tail: TailRead, limit: int) -> Slice | None:
         """Read Postgres and put the view in place; None if another process is at it."""
-        token = os.urandom(8).hex().encode()
+        claim = (where.shard, tail.epoch, key.encode(), os.urandom(8).hex().encode())
+        claimed: bool | None = False
         done = self._filling[key] = asyncio.get_running_loop().create_future()
         try:
-            if not await self._views.claim(where.shard, tail.epoch, key.encode(), token):
+            claimed = await self._claim(*claim)
+            if claimed is False:
                 return None
             if not tail.whole:
                 tail = await self._reader.tail_of(where)
             snapshot = await self._snapshot(where, tail, limit)
-            await self._put(where, key.encode(), tail.epoch, token, snapshot)
+            if claimed:
+                await self._put(*claim, snapshot)
+        except BaseException:
+            if claimed:
+                self._views.give_back(*claim)
+            raise
         finally:
             del self._filling[key]
             done.set_result(None)
-        return self._answer(tail, snapshot, limit)
+        answer = self._answer(tail, snapshot, limit)
+        return answer or await self._reader.newest_of(where, limit)
 
-    async def _by_postgres(self, where: Where, tail: TailRead, limit: int) -> Slice:
-        return self._answer(tail, await self._snapshot(where, tail, limit), limit)
+    async def _claim(self, shard: int, epoch: int, key: bytes, token: bytes) -> bool | None:
+        """Whether this read may fill the view; None: nobody may, since Redis takes no writes now."""
+        try:
+            return await self._views.claim(shard, epoch, key, token)
+        except (Refused, LinkLost):
+            raise
+        except RedisUnavailable as error:
+            _log.debug("no view can be filled: %s", error)
+            return None
+
+    async def _by_postgres(self, where: Where, limit: int) -> Slice:
+        tail = await self._reader.tail_of(where)
+        answer = self._answer(tail, await self._snapshot(where, tail, limit), limit)
+        return answer or await self._reader.newest_of(where, limit)
 
     async def _snapshot(self, where: Where, tail: TailRead, limit: int) -> Snapshot:
         """What Postgres has, as one picture that goes with the tail."""
@@ -177,22 +198,23 @@ class ViewReader:
         self._reader.check(where, tail, snapshot.slice)
         return snapshot
 
-    async def _put(self, where: Where, key: bytes, epoch: int, token: bytes, snapshot: Snapshot) -> None:
+    async def _put(self, shard: int, epoch: int, key: bytes, token: bytes, snapshot: Snapshot) -> None:
         """A view that could not be put in place is missing, and nothing else."""
         stored = snapshot.slice
         if not stored.complete:  # until somebody has acted, Postgres is asked
-            await self._views.drop(where.shard, epoch, [key])
+            await self._views.drop(shard, epoch, [key])
             return
         flushed = sequence_of(stored.flushed_through) if epoch_of(stored.flushed_through) == epoch else -1
         view = _view_of(snapshot, self._settings.view_max_bytes, self._settings.view_max_items)
         try:
-            await self._views.fill(where.shard, epoch, key, token, flushed, view)
+            await self._views.fill(shard, epoch, key, token, flushed, view)
         except Refused:
             raise
         except BufferError as error:
             _log.debug("view not filled: %s", error)
 
-    def _answer(self, tail: TailRead, snapshot: Snapshot, limit: int) -> Slice:
+    def _answer(self, tail: TailRead, snapshot: Snapshot, limit: int) -> Slice | None:
+        """What snapshot and tail say; None if the tail removes so much of it that more is needed."""
         stored = snapshot.slice
         pending = [
             p for p in tail.pending if p.position > stored.flushed_through and p.item_id not in stored.known
@@ -200,6 +222,8 @@ class ViewReader:
         removed = removals(pending)
         rows = [row for row in reversed(stored.items) if visible(row.position, removed)]
         newer = [from_tail(tail, p) for p in unflushed(pending, 0)]
+        if snapshot.more and len(rows) + len(newer) < limit:
+            return None
         page, more = newest_page([_from_row(row) for row in rows], newer, limit)
         first = _from_row(snapshot.first) if snapshot.first else None
         return Slice(
@@ -230,7 +254,7 @@ def _view_of(snapshot: Snapshot, most_bytes: int, most_items: int) -> bytes:
         kept[::-1],
         whole=not snapshot.more and len(kept) == len(snapshot.slice.items),
         first=_encoded(snapshot.first) if snapshot.first else None,
-        facts=Facts(snapshot.slice.last_position or 0, snapshot.slice.flushed_through),
+        last=snapshot.slice.last_position or 0,
         summary=snapshot.slice.summary,
     )
 

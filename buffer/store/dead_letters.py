@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple
@@ -48,6 +48,13 @@ async def add(connection: Connection, letters: Sequence[DeadLetter]) -> None:
     with translated():
         await connection.execute(_SQL["add"], *columns)
     await stale_views.note(connection, [letter[:2] for letter in letters])
+
+
+async def holders(connection: Connection, conversations: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of the (tenant, conversation) pairs that have dead letters."""
+    with translated():
+        rows = await connection.fetch(_SQL["holders"], *zip(*conversations, strict=True))
+    return {(row["tenant"], row["conversation"]) for row in rows}
 
 
 class DeadLetters:

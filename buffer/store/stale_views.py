@@ -6,8 +6,9 @@ change; a flusher drops the view within a second. A crash between the two change
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 from buffer.store import queries
 from buffer.store.pool import Connection, Database, translated
@@ -15,6 +16,13 @@ from buffer.store.pool import Connection, Database, translated
 _SQL = queries.load("stale_views")
 
 _MOST = 1_000
+
+
+class Streaming(NamedTuple):
+    """A shard whose path is the stream: its epoch, and the position through which it is committed."""
+
+    epoch: int
+    flushed_through: int
 
 
 async def note(connection: Connection, conversations: Iterable[tuple[str, str]]) -> None:
@@ -25,12 +33,15 @@ async def note(connection: Connection, conversations: Iterable[tuple[str, str]])
 
 
 @asynccontextmanager
-async def taken(database: Database) -> AsyncIterator[tuple[list[tuple[str, str]], Sequence[int | None]]]:
-    """Some of the noted pairs, which are forgotten if the body succeeds; and each shard's epoch in Redis.
+async def taken(database: Database) -> AsyncIterator[tuple[list[tuple[str, str]], list[Streaming | None]]]:
+    """Some of the noted pairs, which are forgotten if the body succeeds; and each shard's path after that.
 
     A shard whose path is not the stream has None: it has no views, and will begin with none.
     """
     async with database.transaction() as connection:
         rows = await connection.fetch(_SQL["take"], _MOST)
-        epochs = await connection.fetch(_SQL["epochs"]) if rows else []
-        yield [(row["tenant"], row["conversation"]) for row in rows], [row["epoch"] for row in epochs]
+        paths = await connection.fetch(_SQL["paths"]) if rows else []
+        yield (
+            [(row["tenant"], row["conversation"]) for row in rows],
+            [Streaming(epoch, through) if mode == "stream" else None for mode, epoch, through in paths],
+        )

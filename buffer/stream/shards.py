@@ -118,7 +118,7 @@ class Settlement:
 
 
 class ViewLimits(NamedTuple):
-    """How long views live, and how much they hold; ``ttl_ms`` 0: there are none."""
+    """How long views live, and how much they hold; ``ttl_ms`` 0: those that are touched are dropped."""
 
     ttl_ms: int
     most_bytes: int
@@ -205,12 +205,13 @@ class Shards:
         commands: list[Command] = []
         for step in steps:
             marks = (b"%d" % epoch, b"%d" % step.before, b"%d" % step.after, b"%d" % step.nbytes)
-            view_keys = [keys.view(epoch, c) for c in step.conversations] if views.ttl_ms else ()
+            view_keys = [keys.view(epoch, conversation) for conversation in step.conversations]
+            become = step.views if views.ttl_ms else b"x" * len(step.views)
             commands.append(
                 script_call(
                     scripts.SETTLE,
                     (keys.stream, keys.shard, keys.leases, keys.fills, *view_keys),
-                    (*marks, *limits, step.views, *step.conversations),
+                    (*marks, *limits, become, *step.conversations),
                 )
             )
         *_, mark = await self._call(*commands)

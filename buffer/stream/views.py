@@ -3,22 +3,25 @@
 The view of a conversation is one string, ``buffer:{3}:view:<epoch>:<tenant>/<conversation>``, with a TTL::
 
     length front item item item ...   length: of the front, 8 digits
-    front  whole n facts n summary n first 000000,
+    front  whole n last n summary n first 000000,
     item   [epoch,number,"item id",Unix ms,{...}],1nk,
 
 Each ``n`` is a length of 8 digits. The items together are a JSON array without its brackets, so that they are
 read at once; the number after each item holds its length, and its count in the view (``k``, 6 digits): so
 a script can walk from the newest one back. ``whole`` is 1 while the view begins with the conversation's first
-item; ``first`` is that item, if it is short enough. ``facts`` are what a fill knew besides, see `Facts`.
+item; ``first`` is that item, if it is short enough. ``last`` is the last position that a fill knew of,
+removed items and removals included.
 
 Whatever is settled enters the views that are there in the same step (``scripts/settle.lua``), so a view
-holds the newest items up to the shard's flushed-through mark, always. Whoever fills one from Postgres
-holds a claim, which notes what was settled meanwhile. A view lives in one epoch of the path: another epoch
-has other keys.
+holds the newest items up to the shard's flushed-through mark, always: never one that the tail has as well.
+Whoever fills one from Postgres holds a claim, which notes what was settled meanwhile. What comes beside the
+stream, imports and dead letters, is noted in Postgres, see `buffer.store.stale_views`. A view lives in one
+epoch of the path: another epoch has other keys.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -26,11 +29,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from buffer.errors import RedisUnavailable
 from buffer.model.position import epoch_of, sequence_of
 from buffer.model.types import Item, Summary
 from buffer.stream import scripts
 from buffer.stream.keys import ShardKeys, member_field
-from buffer.stream.link import Calls, script_call
+from buffer.stream.link import Calls, Command, script_call
 from buffer.stream.shards import Tail, checked, tail_of
 
 # A fill that takes longer is somebody else's to do again.
@@ -56,23 +60,12 @@ class ViewItem(NamedTuple):
         return b"[%d,%d,%b,%d,%b]" % (at, number, name, round(self.created_at.timestamp() * 1000), self.data)
 
 
-class Facts(NamedTuple):
-    """What the snapshot of a fill says of the whole conversation.
-
-    ``last``: its last position, removed items and removals included. ``through``: it has everything up to
-    there, so what the tail holds at or before it is in the view already, or removed.
-    """
-
-    last: int = 0
-    through: int = 0
-
-
 class View(msgspec.Struct, frozen=True, gc=False):
     """A part of a view: its newest items, oldest first. ``older``: it holds more than were asked for."""
 
     whole: bool
     first_json: bytes
-    facts: Facts
+    last: int
     summary: Summary | None
     items: list[Item]
     older: bool
@@ -88,23 +81,23 @@ def encode(
     *,
     whole: bool,
     first: bytes | None,
-    facts: Facts,
+    last: int,
     summary: Summary | None,
 ) -> bytes:
     """A view as Redis keeps it; items oldest first, each as `ViewItem.encode` gives it."""
     short = first is not None and len(first) <= _FIRST_MOST_BYTES
+    texts = (
+        b"%d" % last if last else b"",
+        msgspec.json.encode(summary) if summary else b"",
+        first if first and short else b"",
+    )
     parts = [b"1" if whole else b"0"]
-    for text in (b"%d/%d" % facts, encode_summary(summary), (first or b"") if short else b""):
+    for text in texts:
         parts += (b"%08d" % len(text), text)
     parts.append(b"000000,")
     front = b"".join(parts)
     counted = (b"%b,1%08d%06d," % (item, len(item), n) for n, item in enumerate(items, 1))
     return b"".join((b"%08d" % len(front), front, *counted))
-
-
-def encode_summary(summary: Summary | None) -> bytes:
-    """A summary as a view keeps it; empty for none."""
-    return msgspec.json.encode(summary) if summary else b""
 
 
 def _loads(text: bytes) -> Any:
@@ -114,18 +107,6 @@ def _loads(text: bytes) -> Any:
         return json.loads(text)  # lone surrogates
 
 
-def _decode_items(text: bytes) -> list[Item]:
-    """The items, oldest first."""
-    items = Item.many(_loads(b"[%b0]" % text)[:-1:2])
-    last = -1
-    for item in items:
-        if item.position <= last:
-            # What a fill had already was settled after it, and stands there twice.
-            return sorted({item.position: item for item in items}.values(), key=lambda item: item.position)
-        last = item.position
-    return items
-
-
 def _decode(front: bytes, items: bytes, older: int) -> View:
     at, texts = 1, []
     for _ in range(3):
@@ -133,14 +114,13 @@ def _decode(front: bytes, items: bytes, older: int) -> View:
         at += _NUMBER
         texts.append(front[at : at + length])
         at += length
-    facts, summary, first = texts
-    last, _, through = facts.partition(b"/")
+    last, summary, first = texts
     return View(
         front[:1] == b"1",
         first,
-        Facts(int(last), int(through)) if facts else Facts(),
+        int(last or 0),
         msgspec.json.decode(summary, type=Summary) if summary else None,
-        _decode_items(items),
+        Item.many(_loads(b"[%b0]" % items)[:-1:2]),  # every other one is a length
         bool(older),
     )
 
@@ -160,6 +140,12 @@ class Views:
         (reply,) = await self._calls.call([script_call(script, keys, args)])
         return checked(reply)
 
+    def _tell(self, command: Command) -> None:
+        """Send a command for whose reply nobody waits."""
+        with contextlib.suppress(RedisUnavailable):
+            told = self._calls.submit([command])
+            told.add_done_callback(lambda future: future.cancelled() or future.exception())
+
     async def read(
         self, shard: int, epoch: int, conversation: bytes, tail_most: int, view_most: int
     ) -> tuple[Tail, View | None]:
@@ -176,8 +162,7 @@ class Views:
             self._item_bytes += (3 * len(items) // (2 * len(view.items)) - self._item_bytes) // 8
         if view is not None and ttl_ms < 900 * self._ttl_seconds:
             # Nobody waits for it: the read itself changes nothing, and goes on where Redis takes no writes.
-            touched = self._calls.submit([(b"PEXPIRE", view_key, self._ttl_ms)])
-            touched.add_done_callback(lambda future: future.cancelled() or future.exception())
+            self._tell((b"PEXPIRE", view_key, self._ttl_ms))
         return tail_of(mark, go_on, entries), view
 
     async def claim(self, shard: int, epoch: int, conversation: bytes, token: bytes) -> bool:
@@ -200,14 +185,11 @@ class Views:
             await self._call(scripts.FILL, (keys.shard, keys.fills, keys.view(epoch, conversation)), args)
         )
 
-    async def summarize(self, shard: int, epoch: int, conversation: bytes, summary: Summary) -> None:
-        """Put a new summary, which is in Postgres, into the view if there is one."""
+    def give_back(self, shard: int, epoch: int, conversation: bytes, token: bytes) -> None:
+        """End a claim that is not used, so that the next reader need not wait for it."""
         keys = self._keys[shard]
-        await self._call(
-            scripts.SUMMARIZE,
-            (keys.shard, keys.fills, keys.view(epoch, conversation)),
-            (b"%d" % epoch, conversation, encode_summary(summary)),
-        )
+        args = (b"%d" % epoch, conversation, token, b"-1", b"", b"1")
+        self._tell(script_call(scripts.FILL, (keys.shard, keys.fills, keys.view(epoch, conversation)), args))
 
     async def drop(self, shard: int, epoch: int, conversations: Sequence[bytes]) -> None:
         """Drop views, and end the claims under which they would be filled from an older snapshot."""

@@ -15,7 +15,7 @@ from buffer import Buffer, Settings, Unavailable
 from buffer.app.runtime import open_database
 from buffer.model.position import sequence_of
 from buffer.stream.shards import Refused
-from buffer.stream.views import Facts, encode
+from buffer.stream.views import encode
 from buffer.transfer import import_file
 from tests.support.paths import on_path
 from tests.support.polling import eventually
@@ -213,6 +213,20 @@ async def test_a_view_never_shows_what_was_removed(patient: Buffer, redis: Redis
         await evict(redis, patient)
 
 
+async def test_a_fill_looks_further_back_where_the_tail_removes_what_it_found(
+    patient: Buffer, redis: Redis
+) -> None:
+    """A replacement that is not flushed removes more than the newest items that a fill asks for."""
+    conversation = patient.conversation("c")
+    await conversation.extend([{}] * 30, ids=[f"m-{n}" for n in range(30)])
+    await patient.flush()
+    await conversation.append({}, id="last", replace_after="m-9")
+    for turns in (1, 2, 3, 10, 11, 12):
+        await evict(redis, patient)
+        for _ in range(2):
+            assert await shown(patient, turns) == [*(f"m-{n}" for n in range(10)), "last"][-turns:]
+
+
 async def test_a_fill_that_missed_a_flush_is_not_put_in_place(patient: Buffer) -> None:
     """Settled after its snapshot: refused. Settled between claim and snapshot: accepted."""
     runtime = patient.runtime
@@ -222,7 +236,7 @@ async def test_a_fill_that_missed_a_flush_is_not_put_in_place(patient: Buffer) -
     target = conversation._target
     epoch = runtime.member.states[target.shard].epoch
     await runtime.views.drop(target.shard, epoch, [target.key_bytes])
-    empty = encode([], whole=True, first=None, facts=Facts(), summary=None)
+    empty = encode([], whole=True, first=None, last=0, summary=None)
 
     for snapshot_first in (True, False):
         assert await runtime.views.claim(target.shard, epoch, target.key_bytes, b"token")
@@ -241,7 +255,7 @@ async def test_a_fill_without_its_claim_or_of_another_epoch_is_refused(patient: 
     target = patient.conversation("c")._target
     await on_path(patient, "stream")
     epoch = runtime.member.states[target.shard].epoch
-    empty = encode([], whole=True, first=None, facts=Facts(), summary=None)
+    empty = encode([], whole=True, first=None, last=0, summary=None)
     assert await runtime.views.claim(target.shard, epoch, target.key_bytes, b"token")
     assert not await runtime.views.fill(target.shard, epoch, target.key_bytes, b"other", 99, empty)
     await runtime.views.drop(target.shard, epoch, [target.key_bytes])

@@ -46,3 +46,8 @@ select $1::text, $2::text, $3::bigint, $4::text, $5::timestamptz, case when not 
 ) then convert_from($6::bytea, 'UTF8')::json end
 on conflict (tenant, conversation, item_id) do nothing
 returning position
+
+-- name: holders
+-- $1 tenants, $2 conversations
+select distinct tenant, conversation from buffer.dead_letters
+join unnest($1::text[], $2::text[]) as wanted (tenant, conversation) using (tenant, conversation)

@@ -11,5 +11,5 @@ delete from buffer.stale_views where id in (
 )
 returning tenant, conversation
 
--- name: epochs
-select case when mode = 'stream' then path_epoch end as epoch from buffer.shards order by shard
+-- name: paths
+select mode, path_epoch, flushed_through from buffer.shards order by shard

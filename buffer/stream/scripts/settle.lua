@@ -3,17 +3,17 @@
 --
 -- KEYS  1 stream   2 shard   3 leases   4 fills   then the views of these entries' conversations
 -- ARGV  1 epoch    2 mark before   3 mark after   4 bytes
---       5 a view's time to live in ms, 0 for no views   6 its most bytes   7 its most items
+--       5 a view's time to live in ms   6 its most bytes   7 its most items
 --       8 for each conversation what becomes of its view: "a" appended to, "n" begun, "x" dropped
 --       then the conversations
 -- Reply the mark. Entries (before, after] leave the stream and their conversations' tails, and enter the
 --       views that are there, in one step; when the mark is not `before`, another call settled them (or
 --       Redis lost one): nothing happens.
 --
--- A full Redis must let this run, or it would stay full: without views it only ever frees memory. The format
--- of a view is that of `buffer/stream/views.py`.
+-- A full Redis must let this run, or it would stay full: where it is nearly full, all views are dropped, and
+-- it only ever frees memory. The format of a view is that of `buffer/stream/views.py`.
 
-local call, sub, format = redis.call, string.sub, string.format
+local call, sub, format, match = redis.call, string.sub, string.format, string.match
 local conversations = { unpack(ARGV, 9) }
 local shard = call('HMGET', KEYS[2], 'epoch', 'mark', unpack(conversations))
 if shard[1] ~= ARGV[1] then return redis.error_reply('REFUSED epoch ' .. (shard[1] or 'none')) end
@@ -41,49 +41,60 @@ local function shorten(key)
   call('SET', key, table.concat(parts), 'KEEPTTL')
 end
 
-local NO_FACTS, NO_SUMMARY, NO_ITEMS = '00000000', '00000000', '000000,'
+local NO_LAST, NO_SUMMARY, NO_ITEMS = '00000000', '00000000', '000000,'
 
 -- What this step adds to each view that is there, or begins.
 local open, any, dropped = {}, false, {}
-if ARGV[5] ~= '0' then
-  for i, conversation in ipairs(conversations) do
-    local flag = sub(ARGV[8], i, i)
-    if flag == 'x' then
-      dropped[#dropped + 1] = KEYS[4 + i]
-    else
-      local count = call('GETRANGE', KEYS[4 + i], -7, -2)
-      if count ~= '' then
-        open[conversation] = { key = KEYS[4 + i], count = tonumber(count), parts = {} }
-        any = true
-      elseif flag == 'n' then
-        open[conversation] = { key = KEYS[4 + i], count = 0, begins = true, parts = {} }
-        any = true
-      end
+for i, conversation in ipairs(conversations) do
+  local key, flag = KEYS[4 + i], sub(ARGV[8], i, i)
+  if flag == 'x' then
+    dropped[#dropped + 1] = key
+  else
+    local count = call('GETRANGE', key, -7, -2)
+    local view = { key = key, count = tonumber(count) or 0, parts = {} }
+    if count == '' and flag == 'n' then
+      view.begins, view.front = true, '1' .. NO_LAST .. NO_SUMMARY
+    elseif count == '000000' and call('GETRANGE', key, 8, 8) == '1' then
+      view.front = call('GETRANGE', key, 8, -16)  -- it waits for the conversation's first item
+    end
+    if count ~= '' or view.begins then
+      open[conversation] = view
+      any = true
     end
   end
 end
 if #dropped > 0 then call('UNLINK', unpack(dropped)) end
 if any then
-  local first = ARGV[1] .. '-' .. format('%.0f', before + 1)
+  local first, begins, skip = ARGV[1] .. '-' .. format('%.0f', before + 1), '[' .. ARGV[1] .. ',', #ARGV[1] + 2
   for _, entry in ipairs(call('XRANGE', KEYS[1], first, ARGV[1] .. '-' .. ARGV[3])) do
     local header, data = entry[2][2], entry[2][4]
-    local conversation, item, ms = string.match(header, '^1/i/([^/]+/[^/]+)/([^/]+)/[^/]*/(%d+)/')
+    local conversation, item, ms = match(header, '^1/i/([^/]+/[^/]+)/([^/]+)/[^/]*/(%d+)/')
     local view = open[conversation]
     if view then
+      if string.find(item, '["\\]') then item = string.gsub(item, '["\\]', '\\%0') end
+      local head = begins .. sub(entry[1], skip) .. ',"' .. item .. '",' .. ms .. ','
+      local length, parts = #head + #data + 1, view.parts
       view.count = view.count + 1
-      local at = string.gsub(entry[1], '-', ',')
-      item = string.gsub(item, '["\\]', '\\%0')
-      local element = '[' .. at .. ',"' .. item .. '",' .. ms .. ',' .. data .. ']'
-      if view.begins and view.count == 1 then
-        local first = #element <= 8192 and element or ''
-        local front = '1' .. NO_FACTS .. NO_SUMMARY .. format('%08d', #first) .. first .. NO_ITEMS
-        view.parts[1] = format('%08d', #front) .. front
+      if view.front and view.count == 1 then
+        local front = view.front .. '00000000' .. NO_ITEMS
+        if length <= 8192 then
+          front = view.front .. format('%08d', length) .. head .. data .. ']' .. NO_ITEMS
+        end
+        parts[1] = format('%08d', #front) .. front
       end
-      view.parts[#view.parts + 1] = element .. ',1' .. format('%08d%06d,', #element, view.count)
+      local n = #parts
+      parts[n + 1], parts[n + 2], parts[n + 3] = head, data, format('],1%08d%06d,', length, view.count)
     end
   end
   for _, view in pairs(open) do
-    local length = call('APPEND', view.key, table.concat(view.parts))
+    local length
+    if view.front then
+      local whole = table.concat(view.parts)
+      length = #whole
+      call('SET', view.key, whole, 'KEEPTTL')
+    else
+      length = call('APPEND', view.key, table.concat(view.parts))
+    end
     if view.begins then call('PEXPIRE', view.key, ARGV[5]) end
     if length > most_bytes or view.count >= 2 * most_items then shorten(view.key) end
   end
@@ -102,7 +113,7 @@ call('HDEL', KEYS[3], unpack(conversations))
 local fills = call('HMGET', KEYS[4], unpack(conversations))
 for i, conversation in ipairs(conversations) do
   if fills[i] then
-    call('HSET', KEYS[4], conversation, string.match(fills[i], '^[^/]*/[^/]*/') .. ARGV[3])
+    call('HSET', KEYS[4], conversation, match(fills[i], '^[^/]*/[^/]*/') .. ARGV[3])
   end
 end
 
