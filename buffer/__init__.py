@@ -19,7 +19,15 @@ from buffer.errors import (
     TooLarge,
     Unavailable,
 )
-from buffer.model.types import Context, Item, Page, Receipt, Summary
+from buffer.model.types import (
+    Context,
+    ConversationInfo,
+    ConversationPage,
+    Item,
+    Page,
+    Receipt,
+    Summary,
+)
 from buffer.settings import Settings
 from buffer.summaries.summarizer import Summarizer
 from buffer.version import __version__
@@ -30,6 +38,8 @@ __all__ = [
     "Conflict",
     "Context",
     "Conversation",
+    "ConversationInfo",
+    "ConversationPage",
     "EmbeddedError",
     "InvalidRequest",
     "Item",

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import anyio
 
+from buffer.app.directory import Directory
 from buffer.append.appender import Appender
 from buffer.append.capacity import Capacity
 from buffer.append.coalescer import Coalescer
@@ -22,10 +23,13 @@ from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import pack
 from buffer.model.types import Summary
 from buffer.path.member import Member
+from buffer.read.lookup import Lookup
 from buffer.read.reader import Reader
 from buffer.read.views import ViewReader
 from buffer.settings import Settings
+from buffer.store.conversations import ConversationStore
 from buffer.store.items import ItemReader
+from buffer.store.lookup import LookupStore
 from buffer.store.migrate import Migration, check_schema, migrate
 from buffer.store.path_moves import PathMoves
 from buffer.store.paths import Mode
@@ -131,6 +135,9 @@ class Runtime:
         self.view_reader = ViewReader(
             settings, self.reader, self.views, self.member, self.items, self.metrics
         )
+        lookups = LookupStore(self.database)
+        self.lookup = Lookup(self.reader, lookups)
+        self.directory = Directory(self.lookup, ConversationStore(self.database))
         self.metrics["append_queue_depth"].set_function(lambda: self.coalescer.operations)
         self.metrics["retained_turns"].set_function(lambda: self.member.retention.turns)
         self.metrics["retained_bytes"].set_function(lambda: self.member.retention.bytes)
