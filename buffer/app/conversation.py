@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from buffer.app.limits import check_count
@@ -17,6 +17,7 @@ from buffer.model.types import (
     Context,
     ConversationInfo,
     Erased,
+    Event,
     Item,
     Level,
     Page,
@@ -247,6 +248,26 @@ class Conversation:
             Unavailable: a part of the answer could not be had.
         """
         return await self._runtime.lookup.item(self.tenant, self.id, check_id(item_id, "item_id"))
+
+    def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+        """What happens in the conversation, through whichever process: each event once, in order.
+
+        It goes on over flushes, changes of path and lost connections, and ends when the `Buffer` closes.
+        ``aclose`` it, or leave the ``async for``, to stop listening.
+
+        Args:
+            after: the position after which to begin; an event's ``position`` resumes right behind it, and 0
+                is the beginning. None: from now on, which is when the first event is asked for.
+
+        Raises:
+            InvalidRequest: ``after`` is not a position.
+            SlowListener: more than ``events_buffer_max`` events were waiting. Those were given before this is
+                raised; resume after its ``position``.
+            Unavailable: it could not be found out what "now" is.
+        """
+        if after is not None and (not isinstance(after, int) or not 0 <= after <= MAX_POSITION):
+            raise InvalidRequest("after must be a position, or None", param="after")
+        return self._runtime.events.listen(self.tenant, self.id, after)
 
     async def create(self, metadata: Mapping[str, str] | None = None) -> ConversationInfo:
         """Make the conversation, with its user and metadata; appending to it does so as well, without any.

@@ -181,3 +181,19 @@ class ConversationPage:
     def last_id(self) -> str | None:
         """The last conversation's id, or None on an empty page; the ``after`` of the next page."""
         return self.conversations[-1].id if self.conversations else None
+
+
+@dataclass(slots=True, frozen=True)
+class Event:
+    """Something that happened in a conversation, at a position of its order.
+
+    ``appended``: ``item`` is new. ``deleted``: the item ``item_id`` is gone, or without one what
+    ``removed_after`` says. With ``removed_after``, of either type, the items after that position and before
+    the event's own are gone: replaced by what was appended, or erased.
+    """
+
+    type: Literal["appended", "deleted"]
+    position: int
+    item_id: str | None
+    item: Item | None = None
+    removed_after: int | None = None

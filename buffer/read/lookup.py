@@ -48,10 +48,10 @@ class Lookup:
         stored = await self._store.item(where, item_id, ids)
         self._reader.check(where, tail, stored)
         removed = removals(p for p in tail.pending if p.item_id not in stored.known)
-        for row in stored.items:
-            if visible(row.position, removed):
-                data = decode_item(row.data)
-                return Item(data, id=row.item_id, position=row.position, created_at=row.created_at)
+        row = stored.item
+        if row is not None and visible(row.position, removed):
+            data = decode_item(row.data)
+            return Item(data, id=row.item_id, position=row.position, created_at=row.created_at)
         for pending in new_in_tail(tail.pending, stored.flushed_through, stored.known):
             if pending.item_id == item_id:
                 return from_tail(tail, pending)

@@ -13,4 +13,3 @@ comment on column buffer.conversations.active_at is 'When the last item was acce
 -- One direction for both columns: a page then begins at one place of the index, however many are equally old.
 create index conversations_activity on buffer.conversations (tenant, user_id, active_at, conversation)
     where user_id is not null;
-drop index if exists buffer.conversations_user;

@@ -28,13 +28,13 @@ from buffer.shards s where s.shard = $3
 -- name: history
 -- What happened after a position, oldest first; one row of NULLs where nothing did. An item that is there
 -- is told as appended, with what it replaced; one that is gone only as far as it replaced others.
--- $1 tenant, $2 conversation, $3 after, $4 limit, $5 shard, $6 ids that are not flushed yet, $7 the position
--- of an erasure that is not, or 0; `known`: which of those ids are stored, and not about to be erased
+-- $1 tenant, $2 conversation, $3 after, $4 limit, $5 shard, $6 ids that are not flushed yet; `known`: which of
+-- those are stored
 select s.path_epoch, s.mode, s.flushed_through,
     not exists (select from buffer.missing m where m.shard = s.shard) as clean,
     array(
         select item_id from buffer.items
-        where tenant = $1 and conversation = $2 and item_id = any($6::text[]) and position > $7
+        where tenant = $1 and conversation = $2 and item_id = any($6::text[])
     ) as known,
     e.kind, e.position, e.item_id, e.removed_after, e.created_at, e.data
 from buffer.shards s
