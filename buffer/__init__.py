@@ -16,10 +16,20 @@ from buffer.errors import (
     RedisUnavailable,
     SchemaMismatch,
     SettingsError,
+    SlowListener,
     TooLarge,
     Unavailable,
 )
-from buffer.model.types import Context, Item, Page, Receipt, Summary
+from buffer.model.types import (
+    Context,
+    ConversationInfo,
+    ConversationPage,
+    Event,
+    Item,
+    Page,
+    Receipt,
+    Summary,
+)
 from buffer.settings import Settings
 from buffer.summaries.summarizer import Summarizer
 from buffer.version import __version__
@@ -30,7 +40,10 @@ __all__ = [
     "Conflict",
     "Context",
     "Conversation",
+    "ConversationInfo",
+    "ConversationPage",
     "EmbeddedError",
+    "Event",
     "InvalidRequest",
     "Item",
     "NotFound",
@@ -44,6 +57,7 @@ __all__ = [
     "SchemaMismatch",
     "Settings",
     "SettingsError",
+    "SlowListener",
     "Summarizer",
     "Summary",
     "TooLarge",

@@ -93,3 +93,11 @@ class OutcomeUnknown(BufferError):
         super().__init__(message)
         self.ids = list(ids)
         self.level = level
+
+
+class SlowListener(BufferError):
+    """A listener did not take events as fast as they came; resume after ``position``, and none is missed."""
+
+    def __init__(self, message: str, *, position: int) -> None:
+        super().__init__(message)
+        self.position = position

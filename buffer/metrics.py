@@ -109,6 +109,12 @@ DEFINITIONS: tuple[Definition, ...] = (
         "One call of the summarizer.",
         buckets=(*_SECONDS, 10, 30, 60),
     ),
+    # --- events: in every process with listeners
+    Definition("gauge", "buffer_event_listeners", "Listeners to events in this process."),
+    Definition("gauge", "buffer_event_followers", "Shards whose stream is read for them."),
+    Definition(
+        "counter", "buffer_slow_listeners_total", "Listeners that did not take events as fast as they came."
+    ),
     # --- kept in Postgres, so that they outlive every process; each flusher tells them
     Definition("counter", "buffer_lost_turns_total", "Items that were lost, or may have been."),
     Definition(

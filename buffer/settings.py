@@ -149,6 +149,10 @@ class Settings(BaseSettings):
         0.8, gt=0, lt=1, description="Appends are taken again below this share of the high-water mark."
     )
 
+    events_buffer_max: int = Field(
+        256, ge=1, description="Events held for one listener; one that falls further behind is told so."
+    )
+
     redis_lost_seconds: float = Field(
         0.7,
         ge=0.1,

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Self
 
 from buffer.app.conversation import Conversation
+from buffer.app.limits import check_count
 from buffer.app.runtime import Runtime, migrate_database
 from buffer.errors import BufferError
 from buffer.model.ids import check_id, make_conversation_id
-from buffer.model.types import Erased
+from buffer.model.types import ConversationPage, Erased
 from buffer.settings import Settings
 from buffer.store.removals import erasable_conversations
 from buffer.summaries.summarizer import Summarizer
@@ -147,6 +148,24 @@ class Buffer:
             make_conversation_id() if conversation is None else check_id(conversation, "conversation"),
             user if user is None else check_id(user, "user"),
         )
+
+    async def conversations(
+        self, user: str, *, tenant: str = "default", limit: int = 20, after: str | None = None
+    ) -> ConversationPage:
+        """One page of a user's conversations, newest activity first; it may lag one flush.
+
+        ``after`` is a conversation's id, such as the page's ``last_id`` before. A conversation that moves to
+        the front meanwhile may be seen again, or, as the cursor, begin the list anew.
+
+        Raises:
+            InvalidRequest: an id breaks the rules of ids, or ``limit`` is not 1 to 1,000.
+            NotFound: the user has no conversation ``after``.
+            Unavailable: Postgres did not answer.
+        """
+        check_count(limit, "limit")
+        cursor = None if after is None else check_id(after, "after")
+        of = (check_id(tenant, "tenant"), check_id(user, "user"))
+        return await self.runtime.directory.of_user(*of, limit, cursor)
 
     async def delete_user(self, user: str, *, tenant: str = "default") -> list[Erased]:
         """Erase every conversation of a user; what was erased. New ones that begin meanwhile stay.

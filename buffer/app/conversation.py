@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from buffer.app.limits import check_count
 from buffer.append.appender import Target
 from buffer.errors import InvalidRequest, NotFound, OutcomeUnknown, PreconditionFailed, Unavailable
 from buffer.model.ids import check_id
 from buffer.model.position import MAX_POSITION
 from buffer.model.record import DELETE, ERASE
-from buffer.model.types import Context, Erased, Item, Level, Page, Receipt, Slice, Summary
+from buffer.model.types import (
+    Context,
+    ConversationInfo,
+    Erased,
+    Event,
+    Item,
+    Level,
+    Page,
+    Receipt,
+    Slice,
+    Summary,
+)
 from buffer.policy.budget import TokenCounter, estimate_tokens, is_system, select
 from buffer.summaries.text import check_text
 
 if TYPE_CHECKING:
     from buffer.app.runtime import Runtime
-
-MAX_PAGE_ITEMS = 1_000
 
 
 class Conversation:
@@ -115,7 +125,7 @@ class Conversation:
             InvalidRequest: a budget is not a positive number.
             Unavailable: a part of the answer could not be had.
         """
-        _check_count(turns, "turns")
+        check_count(turns, "turns")
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise InvalidRequest("tokens must be a positive number", param="tokens")
         read = await self._runtime.view_reader.newest(self.tenant, self.id, turns, first=pin_system)
@@ -218,7 +228,7 @@ class Conversation:
             NotFound: there is no item of that id.
             Unavailable: a part of the answer could not be had.
         """
-        _check_count(limit, "limit")
+        check_count(limit, "limit")
         if order not in {"asc", "desc"}:
             raise InvalidRequest("order must be 'asc' or 'desc'", param="order")
         first = await self._bound(after, "after")
@@ -229,6 +239,67 @@ class Conversation:
         read = self._runtime.reader.oldest if from_oldest else self._runtime.reader.newest
         part = await read(self.tenant, self.id, limit, low or 0, MAX_POSITION if high is None else high)
         return Page(part.items if order == "asc" else part.items[::-1], part.more, part.complete)
+
+    async def item(self, item_id: str) -> Item:
+        """One item by its id, flushed or not.
+
+        Raises:
+            NotFound: there is none, or it was removed.
+            Unavailable: a part of the answer could not be had.
+        """
+        return await self._runtime.lookup.item(self.tenant, self.id, check_id(item_id, "item_id"))
+
+    def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+        """What happens in the conversation, through whichever process: each event once, in order.
+
+        It goes on over flushes, changes of path and lost connections, and ends when the `Buffer` closes.
+        ``aclose`` it, or leave the ``async for``, to stop listening.
+
+        Args:
+            after: the position after which to begin; an event's ``position`` resumes right behind it, and 0
+                is the beginning. None: from now on, which is when the first event is asked for.
+
+        Raises:
+            InvalidRequest: ``after`` is not a position.
+            SlowListener: more than ``events_buffer_max`` events were waiting. Those were given before this is
+                raised; resume after its ``position``.
+            Unavailable: it could not be found out what "now" is.
+        """
+        if after is not None and (not isinstance(after, int) or not 0 <= after <= MAX_POSITION):
+            raise InvalidRequest("after must be a position, or None", param="after")
+        return self._runtime.events.listen(self.tenant, self.id, after)
+
+    async def create(self, metadata: Mapping[str, str] | None = None) -> ConversationInfo:
+        """Make the conversation, with its user and metadata; appending to it does so as well, without any.
+
+        Args:
+            metadata: at most 16 pairs of strings, keys of at most 64 and values of at most 512 characters.
+
+        Raises:
+            InvalidRequest, TooLarge: the metadata breaks a limit.
+            Conflict: it exists.
+            Unavailable: a store that is needed for it does not answer.
+        """
+        return await self._runtime.directory.create(self.tenant, self.id, self.user, metadata)
+
+    async def info(self) -> ConversationInfo:
+        """What is known of the conversation beside its items.
+
+        Raises:
+            NotFound: it was never created, nor appended to.
+            Unavailable: a store that is needed for it does not answer.
+        """
+        return await self._runtime.directory.info(self.tenant, self.id)
+
+    async def set_metadata(self, metadata: Mapping[str, str] | None) -> ConversationInfo:
+        """Replace the conversation's metadata; None or ``{}`` leaves it without any. Limits as in `create`.
+
+        Raises:
+            InvalidRequest, TooLarge: the metadata breaks a limit.
+            NotFound: it was never created, nor appended to.
+            Unavailable: a store that is needed for it does not answer.
+        """
+        return await self._runtime.directory.set_metadata(self.tenant, self.id, metadata)
 
     async def delete_item(self, item_id: str, *, timeout: float | None = None) -> None:
         """Delete one item, flushed or not; its id is not used again within the conversation.
@@ -320,8 +391,3 @@ class Conversation:
         if position is None:
             raise NotFound(f"{param}: conversation {self.id!r} has no item {item_id!r}")
         return position
-
-
-def _check_count(value: int, param: str) -> None:
-    if not isinstance(value, int) or not 1 <= value <= MAX_PAGE_ITEMS:
-        raise InvalidRequest(f"{param} must be 1 to {MAX_PAGE_ITEMS}", param=param)

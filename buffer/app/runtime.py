@@ -11,21 +11,27 @@ from typing import TypeVar
 
 import anyio
 
+from buffer.app.directory import Directory
 from buffer.append.appender import Appender
 from buffer.append.capacity import Capacity
 from buffer.append.coalescer import Coalescer
 from buffer.append.replicated import Replicated
 from buffer.errors import BufferError
+from buffer.events.events import Events
 from buffer.flush.flusher import Flusher, make_flusher_id
 from buffer.metrics import Metrics
 from buffer.model.ids import conversation_key, shard_of
 from buffer.model.position import pack
 from buffer.model.types import Summary
 from buffer.path.member import Member
+from buffer.read.history import History
+from buffer.read.lookup import Lookup
 from buffer.read.reader import Reader
 from buffer.read.views import ViewReader
 from buffer.settings import Settings
+from buffer.store.conversations import ConversationStore
 from buffer.store.items import ItemReader
+from buffer.store.lookup import LookupStore
 from buffer.store.migrate import Migration, check_schema, migrate
 from buffer.store.path_moves import PathMoves
 from buffer.store.paths import Mode
@@ -33,6 +39,7 @@ from buffer.store.pool import Database
 from buffer.store.shards import ShardStore, application_name
 from buffer.store.summaries import SummaryStore
 from buffer.stream.client import RedisClient
+from buffer.stream.feed import Feed
 from buffer.stream.grants import Grants
 from buffer.stream.link import Calls, LinkLost
 from buffer.stream.marks import Marks
@@ -131,9 +138,23 @@ class Runtime:
         self.view_reader = ViewReader(
             settings, self.reader, self.views, self.member, self.items, self.metrics
         )
+        lookups = LookupStore(self.database)
+        self.lookup = Lookup(self.reader, lookups)
+        self.directory = Directory(self.lookup, ConversationStore(self.database))
+        self.events = Events(
+            self._feed,
+            self.member,
+            History(self.reader, lookups),
+            self.metrics,
+            settings.events_buffer_max,
+        )
         self.metrics["append_queue_depth"].set_function(lambda: self.coalescer.operations)
         self.metrics["retained_turns"].set_function(lambda: self.member.retention.turns)
         self.metrics["retained_bytes"].set_function(lambda: self.member.retention.bytes)
+
+    def _feed(self, shard: int) -> Feed:
+        link = self.client.link(lambda: self.member.run_id)
+        return Feed(link, self.shards.keys[shard], self.member.field)
 
     def _make_coalescer(self, kind: type[_C]) -> _C:
         return kind(
@@ -178,6 +199,7 @@ class Runtime:
                 tasks.start_soon(runtime.capacity.run)
                 tasks.start_soon(runtime.coalescer.run)
                 tasks.start_soon(runtime.replicated.run)
+                await tasks.start(lambda *, task_status: runtime.events.run(task_status=task_status))
                 async with runtime.flushing() if flusher else contextlib.nullcontext():
                     await runtime._opened("stream" if flusher else "direct")
                     yield runtime

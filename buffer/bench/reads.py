@@ -198,7 +198,9 @@ async def _load(buffer: Buffer, names: list[str], bench: Bench) -> None:
     at = datetime.now(UTC)
     data = PAYLOAD.decode()
     async with buffer.runtime.database.transaction() as connection:
-        await add_conversations(connection, [NewConversation("default", name, None, at) for name in names])
+        await add_conversations(
+            connection, [NewConversation("default", name, None, at, at) for name in names]
+        )
         await copy_rows(
             connection,
             [

@@ -7,17 +7,17 @@ while a long COPY runs, and a stopped owner does not keep its successor waiting 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
 
 from buffer.errors import BufferError
 from buffer.faults import crash_halfway
-from buffer.flush.batch import Batch, ShardBatch, Written
+from buffer.flush.batch import Batch, Entry, ShardBatch, Written
 from buffer.flush.misfits import find_misfits
 from buffer.metrics import Metrics
 from buffer.model.ids import conversation_key
-from buffer.model.record import decode_entry
 from buffer.store import dead_letters, items, removals
-from buffer.store.items import NewConversation
+from buffer.store.items import NewConversation, Recorded
 from buffer.store.paths import lock
 from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, StoreRefused
 from buffer.store.shards import advance
@@ -34,6 +34,16 @@ class Fenced(BufferError):
     def __init__(self, shards: set[int]) -> None:
         super().__init__(f"shards {sorted(shards)} have another owner")
         self.shards = shards
+
+
+class _Mentioned(NamedTuple):
+    """What a batch does to the conversations of one shard, those without a user that are known left out.
+
+    ``new``: may have no row yet, or gain a user. ``active``: have a user, and move up in its list.
+    """
+
+    new: dict[bytes, NewConversation]
+    active: list[tuple[str, str, int]]
 
 
 class Writer:
@@ -54,21 +64,20 @@ class Writer:
             PostgresUnavailable: try again; it may be committed all the same, the mark tells.
             StoreRefused: nothing was written, and somebody has to act.
         """
-        found = self._new_conversations(batch)
-        new = [conversation for part in found.values() for conversation in part.values()]
+        mentioned = {part.owned.shard: self._mentioned_in(part) for part in batch.parts}
         misfits: set[bytes] = set()
         try:
             async with self._database.transaction() as connection:
                 await _erase(connection, batch)
-                begun = await self._write(connection, batch, new)
+                recorded = await self._write(connection, batch, mentioned)
         except (DuplicateRows, BadRows):
-            begun, misfits = await self._write_what_fits(batch, new)
-        self._remember(found)
-        return Written(begun, misfits)
+            recorded, misfits = await self._write_what_fits(batch, mentioned)
+        self._remember(mentioned, recorded)
+        return Written({conversation_key(*identity).encode() for identity in recorded.added}, misfits)
 
     async def _write_what_fits(
-        self, batch: Batch, new: Sequence[NewConversation]
-    ) -> tuple[set[bytes], set[bytes]]:
+        self, batch: Batch, mentioned: dict[int, _Mentioned]
+    ) -> tuple[Recorded, set[bytes]]:
         """A COPY is all or nothing: once more, without what made it fail."""
         async with self._database.transaction() as connection:
             await _erase(connection, batch)
@@ -76,51 +85,61 @@ class Writer:
             if misfits.letters:
                 await dead_letters.add(connection, misfits.letters)
             try:
-                begun = await self._write(connection, misfits.fitting(batch), new)
+                recorded = await self._write(connection, misfits.fitting(batch), mentioned)
             except (DuplicateRows, BadRows) as error:
                 raise StoreRefused(f"{error}; it will be looked up once more") from error
         self._metrics["repeated_turns_total"].inc(misfits.equal_repeats)
         self._metrics["dead_lettered_turns_total"].inc(len(misfits.letters))
         for letter in misfits.letters:
             _log.error("dead letter, position %d: %s", letter.position, letter.reason)
-        return begun, misfits.conversations(batch)
+        return recorded, misfits.conversations(batch)
 
     async def _write(
-        self, connection: Connection, batch: Batch, new: Sequence[NewConversation]
-    ) -> set[bytes]:
+        self, connection: Connection, batch: Batch, mentioned: dict[int, _Mentioned]
+    ) -> Recorded:
         rows = crash_halfway("flush.mid_copy", batch.encoded_rows(), batch.fresh)
         await items.copy_encoded(connection, rows, self._database.timeout_seconds)
         if cuts := batch.cuts():
             await removals.remove(connection, cuts)
-        begun = await items.add_conversations(connection, new) if new else set()
+        recorded = Recorded(set(), set())
+        if new := [conversation for part in mentioned.values() for conversation in part.new.values()]:
+            recorded = await items.add_conversations(connection, new)
+        if active := [conversation for part in mentioned.values() for conversation in part.active]:
+            await items.move_up(connection, sorted(active))  # in the order in which others lock them
         moves = batch.advances()
         moved = await advance(connection, self._flusher, self._lease_seconds, moves)
         fenced = {move.shard for move in moves} - moved
         if fenced:
             raise Fenced(fenced)
-        if begun:  # only now that the shards' rows are locked does nobody else add letters
-            begun -= await dead_letters.holders(connection, begun)
-        return {conversation_key(*identity).encode() for identity in begun}
+        if recorded.added:  # only now that the shards' rows are locked does nobody else add letters
+            holders = await dead_letters.holders(connection, recorded.added)
+            recorded = recorded._replace(added=recorded.added - holders)
+        return recorded
 
-    def _new_conversations(self, batch: Batch) -> dict[int, dict[bytes, NewConversation]]:
-        """By shard, the conversations that may have no row yet, or whose user was not known before."""
-        return {part.owned.shard: self._new_in(part) for part in batch.parts}
-
-    def _new_in(self, part: ShardBatch) -> dict[bytes, NewConversation]:
+    def _mentioned_in(self, part: ShardBatch) -> _Mentioned:
         known = self._known_of(part)
-        found: dict[bytes, NewConversation] = {}
         for erased in part.erased():
             known.pop(erased, None)
+        first: dict[bytes, Entry] = {}
+        last: dict[bytes, Entry] = {}
+        users: dict[bytes, bytes] = {}
         for entry in part.new():
             key, user = entry.conversation_key, entry.user
-            if key in known and (not user or known[key]):
+            has_user = known.get(key)
+            if has_user is False and not user:
                 continue
-            seen = found.get(key)
-            if seen is None or (seen.user is None and user):
-                record = decode_entry(*entry.raw)
-                created_at = seen.created_at if seen else record.created_at
-                found[key] = NewConversation(record.tenant, record.conversation, record.user, created_at)
-        return found
+            last[key] = entry
+            if not has_user:
+                first.setdefault(key, entry)
+                if user:
+                    users.setdefault(key, user)
+        new = {key: _new_conversation(entry, last[key], users.get(key)) for key, entry in first.items()}
+        active = [
+            (entry.tenant.decode(), entry.conversation.decode(), entry.created_ms)
+            for key, entry in last.items()
+            if key not in new
+        ]
+        return _Mentioned(new, active)
 
     def _known_of(self, part: ShardBatch) -> dict[bytes, bool]:
         """Conversations whose row is known to exist: key to whether it has a user.
@@ -133,13 +152,23 @@ class Writer:
             self._known[owned.shard] = (held, {})
         return self._known[owned.shard][1]
 
-    def _remember(self, new: dict[int, dict[bytes, NewConversation]]) -> None:
-        for shard, conversations in new.items():
+    def _remember(self, mentioned: dict[int, _Mentioned], recorded: Recorded) -> None:
+        for shard, part in mentioned.items():
             known = self._known[shard][1]
-            for key, conversation in conversations.items():
-                known[key] = known.get(key, False) or conversation.user is not None
+            for key, conversation in part.new.items():
+                known[key] = (conversation.tenant, conversation.conversation) in recorded.with_user
             while len(known) > _KNOWN_CONVERSATIONS:
                 del known[next(iter(known))]
+
+
+def _new_conversation(first: Entry, last: Entry, user: bytes | None) -> NewConversation:
+    return NewConversation(
+        first.tenant.decode(),
+        first.conversation.decode(),
+        user.decode() if user else None,
+        datetime.fromtimestamp(first.created_ms / 1000, UTC),
+        datetime.fromtimestamp(last.created_ms / 1000, UTC),
+    )
 
 
 async def _erase(connection: Connection, batch: Batch) -> None:

@@ -148,3 +148,52 @@ class Page:
     def last_id(self) -> str | None:
         """The last item's id, or None on an empty page; the ``after`` of the next page."""
         return self.items[-1].id if self.items else None
+
+
+@dataclass(slots=True, frozen=True)
+class ConversationInfo:
+    """A conversation, without its items.
+
+    ``active_at`` is when its last item was accepted; it may lag one flush, and is kept up to date only for
+    conversations that have a user.
+    """
+
+    id: str
+    user: str | None
+    metadata: dict[str, Any]
+    created_at: datetime
+    active_at: datetime
+
+
+@dataclass(slots=True, frozen=True)
+class ConversationPage:
+    """One page of a user's conversations, newest activity first."""
+
+    conversations: list[ConversationInfo] = field(default_factory=list)
+    has_more: bool = False
+
+    @property
+    def first_id(self) -> str | None:
+        """The first conversation's id, or None on an empty page."""
+        return self.conversations[0].id if self.conversations else None
+
+    @property
+    def last_id(self) -> str | None:
+        """The last conversation's id, or None on an empty page; the ``after`` of the next page."""
+        return self.conversations[-1].id if self.conversations else None
+
+
+@dataclass(slots=True, frozen=True)
+class Event:
+    """Something that happened in a conversation, at a position of its order.
+
+    ``appended``: ``item`` is new. ``deleted``: the item ``item_id`` is gone, or without one what
+    ``removed_after`` says. With ``removed_after``, of either type, the items after that position and before
+    the event's own are gone: replaced by what was appended, or erased.
+    """
+
+    type: Literal["appended", "deleted"]
+    position: int
+    item_id: str | None
+    item: Item | None = None
+    removed_after: int | None = None

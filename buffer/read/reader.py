@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from buffer.errors import RedisUnavailable
 from buffer.metrics import Metrics
@@ -64,6 +64,17 @@ class TailRead:
         self.pending = older + self.pending
         self.entries = chunk.entries + self.entries
         self.whole = chunk.older is None
+
+
+class OnPath(Protocol):
+    """What was read in Postgres, in the snapshot of its shard's path."""
+
+    @property
+    def epoch(self) -> int: ...  # noqa: D102
+    @property
+    def mode(self) -> str: ...  # noqa: D102
+    @property
+    def flushed_through(self) -> int: ...  # noqa: D102
 
 
 class PathMoved(RedisUnavailable):
@@ -205,7 +216,7 @@ class Reader:
             tail.add(chunk)
         return tail, view
 
-    def check(self, where: Where, tail: TailRead, stored: store_items.Slice) -> None:
+    def check(self, where: Where, tail: TailRead, stored: OnPath) -> None:
         """The tail and the rows belong together, and what is shown from the tail stays with this process.
 
         Raises:

@@ -96,11 +96,12 @@ async def _add_conversations(connection: Connection, placed: Sequence[Placed]) -
     conversations: dict[tuple[str, str], NewConversation] = {}
     for row in placed:
         known = conversations.get((row.tenant, row.conversation))
-        if known is None or (known.user is None and row.user is not None):
-            created_at = known.created_at if known else row.created_at
-            conversations[row.tenant, row.conversation] = NewConversation(
-                row.tenant, row.conversation, row.user, created_at
-            )
+        user = row.user if known is None or known.user is None else known.user
+        first = known.created_at if known else row.created_at
+        last = max(known.active_at, row.created_at) if known else row.created_at
+        conversations[row.tenant, row.conversation] = NewConversation(
+            row.tenant, row.conversation, user, first, last
+        )
     if conversations:
         await items.add_conversations(connection, list(conversations.values()))
 

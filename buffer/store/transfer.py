@@ -24,13 +24,17 @@ _EXPORT_FIRST_ITEMS = 500
 
 
 class ImportedConversation(NamedTuple):
-    """A conversation as a file describes it; ``metadata`` is JSON."""
+    """A conversation as a file describes it.
+
+    ``metadata`` is JSON, ``active_at`` the time of the last item.
+    """
 
     tenant: str
     conversation: str
     user: str | None
     metadata: str | None
     created_at: datetime
+    active_at: datetime
 
 
 @dataclass(slots=True, frozen=True)
@@ -72,9 +76,11 @@ async def lock_conversations(
     ``wanted`` names each conversation once. A user or metadata that is set stays as it is; the time of a
     conversation is the earliest that was ever given. Positions below ``import_end`` are import's.
     """
-    tenants, conversations, users, metadata, times = zip(*wanted, strict=True)
+    tenants, conversations, users, metadata, began, active = zip(*wanted, strict=True)
     with translated():
-        await connection.execute(_SQL["lock_conversations"], tenants, conversations, users, metadata, times)
+        await connection.execute(
+            _SQL["lock_conversations"], tenants, conversations, users, metadata, began, active
+        )
         rows = await connection.fetch(_SQL["state"], tenants, conversations, metadata, import_end)
     return [ConversationState(*row) for row in rows]
 

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal, NamedTuple
 
 from buffer.errors import PostgresUnavailable
@@ -63,6 +64,11 @@ class Part:
     items: Sequence[LineItem]
     start: int = 0
     floor: int = 0
+
+    @property
+    def active_at(self) -> datetime:
+        """When the last of the items was created."""
+        return max((item.created_at for item in self.items), default=self.line.created_at)
 
     def key(self, item: LineItem) -> _Key:
         """(tenant, conversation, item id)."""
@@ -129,7 +135,9 @@ async def _until_stored(database: Database, parts: Sequence[Part]) -> Outcome:
 
 async def _transaction(database: Database, parts: Sequence[Part]) -> Outcome:
     described = [
-        ImportedConversation(*part.line.key, part.line.user, part.line.metadata, part.line.created_at)
+        ImportedConversation(
+            *part.line.key, part.line.user, part.line.metadata, part.line.created_at, part.active_at
+        )
         for part in parts
     ]
     outcome = Outcome()

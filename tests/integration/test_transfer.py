@@ -183,7 +183,7 @@ async def test_json_of_several_lines_is_exported_in_one(database, tenant):
         await copy_rows(
             connection, [Row(tenant, "c1", 1, "i1", NOON, data), Row(tenant, "c1", 2, "i2", NOON, "{ }")]
         )
-        await add_conversations(connection, [NewConversation(tenant, "c1", None, NOON)])
+        await add_conversations(connection, [NewConversation(tenant, "c1", None, NOON, NOON)])
     (line,) = await exported(database, tenant)
     assert line["items"] == [{"id": "i1", "a": "\n", "b": []}, {"id": "i2"}]
 

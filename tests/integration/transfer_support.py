@@ -92,7 +92,7 @@ async def append_live(database, tenant, bodies, *, user=None, times=None):
     ]
     async with database.transaction() as connection:
         await copy_rows(connection, rows)
-        await add_conversations(connection, [NewConversation(tenant, "c1", user, times[0])])
+        await add_conversations(connection, [NewConversation(tenant, "c1", user, times[0], times[-1])])
 
 
 def counts(report: ImportReport):

@@ -162,11 +162,18 @@ from unnest($1::text[], $2::text[], $3::text[]) as wanted (tenant, conversation,
 join buffer.items i using (tenant, conversation, item_id)
 
 -- name: add_conversations
--- $1 tenants, $2 conversations, $3 users, $4 times
-insert into buffer.conversations (tenant, conversation, user_id, created_at)
-select * from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[])
+-- Those that have a user move up in its list, too. Returns what is new, and whatever has a user.
+-- $1 tenants, $2 conversations, $3 users, $4 times of the first items, $5 times of the last ones
+insert into buffer.conversations as c (tenant, conversation, user_id, created_at, active_at)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::timestamptz[])
 order by 1, 2
 on conflict (tenant, conversation) do update
-set user_id = excluded.user_id
-where conversations.user_id is null and excluded.user_id is not null
-returning tenant, conversation, xmax = 0 as added
+set user_id = coalesce(c.user_id, excluded.user_id), active_at = greatest(c.active_at, excluded.active_at)
+where coalesce(c.user_id, excluded.user_id) is not null
+returning tenant, conversation, xmax = 0 as added, user_id is not null as has_user
+
+-- name: move_up
+-- Conversations that have a user, in its list. $1 tenants, $2 conversations, $3 times of their last items, in ms
+update buffer.conversations c set active_at = greatest(c.active_at, to_timestamp(a.at / 1000.0))
+from unnest($1::text[], $2::text[], $3::bigint[]) as a (tenant, conversation, at)
+where c.tenant = a.tenant and c.conversation = a.conversation

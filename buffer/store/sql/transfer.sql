@@ -3,17 +3,19 @@
 -- name: lock_conversations
 -- Makes the rows that are missing and locks all of them, those that stay as they are included, in one order:
 -- imports of the same conversations wait for each other here and nowhere else. Values that are set stay.
--- $1 tenants, $2 conversations, $3 users, $4 metadata, $5 times
-insert into buffer.conversations as c (tenant, conversation, user_id, metadata, created_at)
-select * from unnest($1::text[], $2::text[], $3::text[], $4::json[], $5::timestamptz[])
+-- $1 tenants, $2 conversations, $3 users, $4 metadata, $5 times, $6 times of the last items
+insert into buffer.conversations as c (tenant, conversation, user_id, metadata, created_at, active_at)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::json[], $5::timestamptz[], $6::timestamptz[])
 order by 1, 2
 on conflict (tenant, conversation) do update
 set user_id = coalesce(c.user_id, excluded.user_id),
     metadata = coalesce(c.metadata, excluded.metadata),
-    created_at = least(c.created_at, excluded.created_at)
+    created_at = least(c.created_at, excluded.created_at),
+    active_at = greatest(c.active_at, excluded.active_at)
 where (c.user_id is null and excluded.user_id is not null)
    or (c.metadata is null and excluded.metadata is not null)
    or c.created_at > excluded.created_at
+   or c.active_at < excluded.active_at
 
 -- name: state
 -- What the conversations hold, in the order of the parameters. `metadata` only where it is another text.
