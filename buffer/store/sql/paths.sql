@@ -37,6 +37,9 @@ select shard from buffer.missing where process = any($1::text[]) and shard = any
 -- $1 process, $2 shards
 delete from buffer.missing where process = $1 and shard = any($2::int[])
 
+-- name: is_clean
+select not exists (select from buffer.missing)
+
 -- name: leave
 -- $1 process
 delete from buffer.processes where process = $1
