@@ -4,10 +4,11 @@ Run as a child: ``python -m tests.support.changer_process NAME HISTORY``, with t
 environment. It ends with SIGTERM. The history has one JSON array a line, each written at once, so that a
 killed process leaves everything that its clients were told:
 
-* ``["begin", number, at, kind, conversation, ids]``: ``kind`` is append, pop, item (delete one), erase, read;
+* ``["begin", number, at, kind, conversation, ids]``: ``kind`` is append, pop, item (delete one), erase,
+  read (all items), context (the newest ones);
 * ``["end", number, at, outcome, detail]``: ``outcome`` is ok, refused or unknown. ``detail`` is what was
-  answered: positions; the popped [id, position] or null; nothing; the erased position; [[id, position], ...]
-  and whether it is complete. If unknown: the ids that the error names.
+  answered: positions; the popped [id, position] or null; nothing; the erased position; [[id, position], ...],
+  whether it is complete, and whether older ones were left out. If unknown: the ids that the error names.
 
 ``at`` is `time.monotonic`, which all processes of a machine share.
 """
@@ -32,13 +33,14 @@ from tests.support.paths import on_path
 
 CLIENTS = 12
 CONVERSATIONS = 6
+WINDOW = 20  # items of a context
 REUSED = 3  # ids that every conversation uses over and over, as far as it may
 PAUSE_SECONDS = 0.02
 ATTEMPT_SECONDS = 1.5
 START_SECONDS = 20.0
 
 # Out of 100 steps.
-_STEPS = {"append": 58, "reuse": 8, "batch": 8, "pop": 6, "item": 6, "erase": 2, "read": 12}
+_STEPS = {"append": 44, "reuse": 8, "batch": 8, "pop": 6, "item": 6, "erase": 2, "read": 6, "context": 20}
 
 
 def body_of(item_id: str) -> dict[str, str]:
@@ -112,13 +114,19 @@ class Changer:
 
         async def read() -> list[Any]:
             page = await conversation.items(limit=1_000)
-            return [[[item.id, item.position] for item in page.items], page.complete]
+            return [[[item.id, item.position] for item in page.items], page.complete, False]
+
+        async def context() -> list[Any]:
+            newest = await conversation.context(turns=WINDOW)
+            places = [[item.id, item.position] for item in newest.items]
+            return [places, newest.complete, len(places) == WINDOW]
 
         calls: dict[str, Callable[[], Awaitable[Any]]] = {
             "pop": pop,
             "item": item,
             "erase": erase,
             "read": read,
+            "context": context,
         }
         return calls[kind]
 

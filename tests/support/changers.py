@@ -206,7 +206,7 @@ class _Case:
         self._check_pops()
         self._check_order()
         for step in self.steps:
-            if step.kind == "read" and step.happened:
+            if step.kind in {"read", "context"} and step.happened:
                 self._check_read(step)
 
     def wrong(self, what: str) -> None:
@@ -325,32 +325,40 @@ class _Case:
             if latest is None or sent > latest[0]:
                 latest = sent, place
 
-    def _check_read(self, step: Step) -> None:
-        places, complete = [Place(*p) for p in step.detail[0]], step.detail[1]
+    def _check_read(self, read: Step) -> None:
+        places, complete, limited = [Place(*p) for p in read.detail[0]], *read.detail[1:]
         if any(b.position <= a.position for a, b in pairwise(places)):
             self.wrong("a read is out of order")
-        seen = set(places)
-        for other in self.steps:
-            if not other.happened or other.ended >= step.began:
-                continue
-            if other.kind == "erase" and any(p.position <= other.detail for p in places):
-                self.wrong(f"a read shows what was erased through {other.detail} before it began")
-            if other.kind == "item" and any(p.id == other.ids[0] for p in places):
-                self.wrong(f"a read shows {other.ids[0]}, which was deleted before it began")
-            if other.kind == "pop" and other.detail is not None and Place(*other.detail) in seen:
-                self.wrong(f"a read shows {other.detail}, which was popped before it began")
-            if other.kind == "append" and complete and other.process not in self.dead:
-                for place in self._places(other):
-                    if place not in seen and not self._may_be_gone(place, other, step):
-                        self.wrong(f"a complete read misses {place}, which was acked before it began")
+        before = [step for step in self.steps if step.happened and step.ended < read.began]
+        self._check_gone(read, places, before)
+        if complete:
+            oldest, seen = places[0].position if limited else 0, set(places)
+            for step in before:
+                if step.kind == "append" and step.process not in self.dead:
+                    for place in self._places(step):
+                        if place.position >= oldest and place not in seen:
+                            self._check_missed(place, step, read)
 
-    def _may_be_gone(self, place: Place, append: Step, read: Step) -> bool:
+    def _check_gone(self, read: Step, places: list[Place], before: list[Step]) -> None:
+        """What was erased, deleted or popped before a read began is not in it."""
+        ids = {place.id for place in places}
+        for step in before:
+            if step.kind == "erase" and places and places[0].position <= step.detail:
+                self.wrong(f"a {read.kind} shows what was erased through {step.detail} before it began")
+            if step.kind == "item" and step.ids[0] in ids:
+                self.wrong(f"a {read.kind} shows {step.ids[0]}, which was deleted before it began")
+            if step.kind == "pop" and step.detail is not None and Place(*step.detail) in places:
+                self.wrong(f"a {read.kind} shows {step.detail}, which was popped before it began")
+
+    def _check_missed(self, place: Place, append: Step, read: Step) -> None:
+        """What was acked before a read began is in it, unless something may have removed it."""
         removers = [s for s in [*self.removers[place.id], *self.blind_pops] if s.began < read.ended]
-        return bool(removers) or any(
+        if not removers and not any(
             (s.detail >= place.position if s.happened else s.ended + LATE_SECONDS >= append.began)
             for s in self.erases
             if s.possible and s.began < read.ended
-        )
+        ):
+            self.wrong(f"a {read.kind} misses {place}, which was acked before it began")
 
 
 async def settled(buffer: Buffer, *, seconds: float = 15.0) -> None:
