@@ -79,6 +79,7 @@ def import_(
             "stored": report.stored,
             "already_stored": report.known,
             "removed_before": report.removed,
+            "erased_before": report.erased,
             "conflicts": report.conflicts,
             "rejected_lines": report.rejected,
         }

@@ -167,6 +167,17 @@ async def test_whatever_order_a_spill_has_the_erased_is_gone_and_the_later_stays
     assert await count(postgres, "dead_letters") == 0
 
 
+@pytest.mark.parametrize("order", [(4, 6, 9), (9, 6, 4), (6, 9, 4), (4, 9, 6)])
+async def test_one_call_of_a_spill_has_the_same_outcome_in_any_order(
+    database: Database, postgres: asyncpg.Connection, order: tuple[int, ...]
+) -> None:
+    """What comes after the erasure may have the id of what it erases."""
+    parts = {4: entry(4, item_id="m"), 6: entry(6, ERASE, "c"), 9: entry(9, item_id="m")}
+    await bring(database, *(parts[number] for number in order))
+    assert [r["position"] for r in await postgres.fetch("select position from buffer.items")] == [pack(1, 9)]
+    assert await count(postgres, "dead_letters") == 0
+
+
 # --- users
 
 
