@@ -76,18 +76,32 @@ async def erase(connection: Connection, erasures: Sequence[Erasure]) -> set[Eras
     return {erasure for erasure in erasures if any(erasure[:2] == other[:2] for other in raised)}
 
 
-async def wipe(connection: Connection, erasures: Sequence[Erasure]) -> None:
-    """Delete what there is of conversations, up to a position each."""
+async def wipe(connection: Connection, erasures: Sequence[Erasure]) -> dict[tuple[str, str], int]:
+    """Delete conversations up to a position each; how many items of those that had any."""
     if not erasures:
-        return
+        return {}
     tenants, conversations, through = zip(*erasures, strict=True)
     with translated():
         await connection.execute(_SQL["make_conversations"], tenants, conversations)
         await connection.execute(_SQL["lock_conversations"], tenants, conversations)
-        for table in ("letters", "items", "removals", "conversations"):
-            await connection.execute(_SQL[f"erase_{table}"], tenants, conversations, through)
+        deleted = await delete(connection, erasures)
+        await connection.execute(_SQL["erase_conversations"], tenants, conversations, through)
         # All of them: one that goes further was rolled forward from what is erased.
         await connection.execute(_SQL["remove_summaries"], tenants, conversations, [0] * len(tenants))
+    return deleted
+
+
+async def delete(connection: Connection, erasures: Sequence[Erasure]) -> dict[tuple[str, str], int]:
+    """Delete what conversations hold up to a position each; how many items of those that had any."""
+    if not erasures:
+        return {}
+    columns = list(zip(*erasures, strict=True))
+    with translated():
+        await connection.execute(_SQL["erase_letters"], *columns)
+        rows = await connection.fetch(_SQL["erase_items"], *columns)
+        await connection.execute(_SQL["erase_removals"], *columns)
+        await connection.execute(_SQL["erase_summaries"], *columns)
+    return {(r["tenant"], r["conversation"]): r["items"] for r in rows}
 
 
 async def erasable_conversations(database: Database, tenant: str, user: str) -> AsyncIterator[list[str]]:

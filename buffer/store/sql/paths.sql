@@ -118,6 +118,10 @@ update buffer.shards set path_epoch = $2::bigint + 1, mode = 'closing', run_id =
     flushed_through = greatest(flushed_through, ($2::bigint << 40) - 1), last_seen = ($2::bigint << 40) - 1
 where shard = $1
 
+-- name: go_on_after
+-- $1 shard, $2 the last number that counts as taken
+update buffer.shards set next_direct = greatest(next_direct, $2::bigint + 1) where shard = $1
+
 -- name: mark_flushed
 -- $1 shard, $2 position
 update buffer.shards set flushed_through = $2 where shard = $1

@@ -64,16 +64,26 @@ where t.through < excluded.through
 returning tenant, conversation, through
 
 -- name: erase_items
--- $1 tenants, $2 conversations, $3 positions
-delete from buffer.items i
-using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
-where i.tenant = e.tenant and i.conversation = e.conversation and i.position <= e.through
+-- $1 tenants, $2 conversations, $3 positions. Returns how many of each.
+with erased as (
+    delete from buffer.items i
+    using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
+    where i.tenant = e.tenant and i.conversation = e.conversation and i.position <= e.through
+    returning i.tenant, i.conversation
+)
+select tenant, conversation, count(*) as items from erased group by 1, 2
 
 -- name: erase_removals
 -- $1 tenants, $2 conversations, $3 positions
 delete from buffer.removals r
 using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
 where r.tenant = e.tenant and r.conversation = e.conversation and r.position <= e.through
+
+-- name: erase_summaries
+-- $1 tenants, $2 conversations, $3 positions
+delete from buffer.summaries s
+using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
+where s.tenant = e.tenant and s.conversation = e.conversation and s.through <= e.through
 
 -- name: erase_letters
 -- $1 tenants, $2 conversations, $3 positions
