@@ -1,6 +1,6 @@
 """A conversation is a list: any order of appends, removals, erasures, flushes and reads, held against one.
 
-``BUFFER_TEST_MODEL_EXAMPLES=2000`` makes it run for longer.
+``BUFFER_TEST_MODEL_EXAMPLES=2000`` makes it run for longer, and look for the shortest failure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Awaitable
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -23,7 +23,10 @@ from tests.support.paths import on_path
 
 _T = TypeVar("_T")
 
-EXAMPLES = int(os.environ.get("BUFFER_TEST_MODEL_EXAMPLES", "100"))
+_asked = os.environ.get("BUFFER_TEST_MODEL_EXAMPLES")
+EXAMPLES = int(_asked or 100)
+# Making a failure short takes longer than a test may.
+PHASES = list(Phase) if _asked else [Phase.generate]
 STEPS = 30
 
 _conversations = (f"c{number}" for number in itertools.count())
@@ -256,6 +259,7 @@ async def test_a_conversation_is_a_list_whatever_happens_to_it(
                 deadline=None,
                 max_examples=EXAMPLES // 2,
                 stateful_step_count=STEPS,
+                phases=PHASES,
                 suppress_health_check=list(HealthCheck),
             ),
         )
