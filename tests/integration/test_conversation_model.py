@@ -24,7 +24,7 @@ from tests.support.paths import on_path
 _T = TypeVar("_T")
 
 _asked = os.environ.get("BUFFER_TEST_MODEL_EXAMPLES")
-EXAMPLES = int(_asked or 100)
+EXAMPLES = int(_asked or 80)
 # Making a failure short takes longer than a test may.
 PHASES = list(Phase) if _asked else [Phase.generate]
 STEPS = 30
