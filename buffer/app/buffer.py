@@ -12,7 +12,7 @@ from typing import Self
 from buffer.app.conversation import Conversation
 from buffer.app.limits import check_count
 from buffer.app.runtime import Runtime, migrate_database
-from buffer.errors import BufferError
+from buffer.errors import BufferError, Unavailable
 from buffer.model.ids import check_id, make_conversation_id
 from buffer.model.types import ConversationPage, Erased
 from buffer.settings import Settings
@@ -175,6 +175,8 @@ class Buffer:
         """
         check_id(user, "user")
         await self.flush()  # a conversation is known to be the user's once its first item is flushed
+        if not await self.runtime.paths.is_clean():
+            raise Unavailable("a process that may hold conversations of the user is missing", retry_after=1.0)
         erased: list[Erased] = []
         async for page in erasable_conversations(self.runtime.database, check_id(tenant, "tenant"), user):
             conversations = [self.conversation(conversation, tenant=tenant) for conversation in page]

@@ -157,14 +157,21 @@ class Appender:
     async def _taken(self, target: Target, operation: Operation) -> list[Receipt]:
         """The receipts, once a store took the operation."""
         coalescer = self._replicated if operation.level == "replicated" else self._coalescer
-        epoch, answer = await coalescer.submit(operation)
-        while answer == b"l":
-            # The ids are looked for once more: an earlier attempt may be what Postgres found last.
-            if operation.mismatch is not None:
-                raise _precondition(operation, operation.mismatch)
-            operation = await self._confirm_last(target, epoch, operation)
+        try:
             epoch, answer = await coalescer.submit(operation)
-        return answer if isinstance(answer, list) else _receipts(operation, epoch, answer)
+            while answer == b"l":
+                # The ids are looked for once more: an earlier attempt may be what Postgres found last.
+                if operation.mismatch is not None:
+                    raise _precondition(operation, operation.mismatch)
+                operation = await self._confirm_last(target, epoch, operation)
+                epoch, answer = await coalescer.submit(operation)
+            return answer if isinstance(answer, list) else _receipts(operation, epoch, answer)
+        except PreconditionFailed as error:
+            if operation.kind != ITEM and operation.maybe_stored:
+                # Postgres keeps no id of a removal: the last position may be that of an earlier attempt.
+                text = f"an earlier attempt had no certain answer, and {error}"
+                raise OutcomeUnknown(text, ids=operation.ids) from error
+            raise
 
     def _operation(
         self,

@@ -428,7 +428,7 @@ class Coalescer:
 
 
 def _closing(operation: Operation | None = None) -> BufferError:
-    if operation is not None and operation.maybe_stored:
+    if operation is not None and (operation.maybe_stored or operation.in_flight):
         text = "this process closed before Redis answered; repeat it with the same ids"
         return OutcomeUnknown(text, ids=operation.ids)
     return RedisUnavailable("this process is closing")

@@ -115,6 +115,8 @@ class Direct:
             self._member.suspect()
             for operation in self.under_way:
                 operation.trouble = str(error)
+                operation.maybe_stored |= operation.in_flight
+                operation.in_flight = False
             await asyncio.sleep(0.02)
         left, self.under_way = self.under_way, {}
         self._put_back(list(left))  # which lets go of those whose caller gave up
@@ -127,13 +129,15 @@ class Direct:
         if not batch:
             return
         for operation in batch:
-            operation.maybe_stored = True  # from here on: the commit may succeed and its answer be lost
+            operation.in_flight = True  # from here on: the commit may succeed and its answer be lost
         try:
             outcomes = await self._store(batch)
         except (BadRows, DuplicateRows):
             for operation in batch:  # one of them is at fault
                 await self._append_alone(operation)
             return
+        for operation in batch:
+            operation.in_flight = False
         for operation, outcome in outcomes:
             self._done(operation, outcome)
 
@@ -142,6 +146,7 @@ class Direct:
             outcomes = await self._store([operation])
         except (BadRows, DuplicateRows) as error:
             outcomes = [(operation, InvalidRequest(f"Postgres refuses this item: {error}", param="items"))]
+        operation.in_flight = False
         for _, outcome in outcomes:
             self._done(operation, outcome)
 

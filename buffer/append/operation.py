@@ -19,8 +19,9 @@ Answer = tuple[int, bytes | list[Receipt]]
 class Operation(msgspec.Struct, eq=False, gc=False):
     """Items of one conversation, taken whole or not at all.
 
-    ``maybe_stored`` and ``in_flight`` keep what is certain if the caller gives up: an operation that was
-    never sent will never be stored; one that was sent and not answered is unknown.
+    ``maybe_stored`` (by an earlier attempt) and ``in_flight`` (by this one) keep what is certain if the
+    caller gives up: an operation that was never sent will never be stored; one that was sent and not
+    answered is unknown.
     """
 
     shard: int

@@ -33,6 +33,10 @@ _COMMANDS = {
     "tail": ("buffer.cli.data:tail", "Show the newest items of a conversation."),
     "import": ("buffer.cli.data:import_", "Load conversations from JSONL straight into Postgres."),
     "export": ("buffer.cli.data:export", "Write conversations as JSONL."),
+    "erasures": (
+        "buffer.cli.erasures:app",
+        "Export what was erased, and erase it again in a restored database.",
+    ),
     "dlq": ("buffer.cli.dlq:app", "List, show, retry or drop items that could not be stored."),
     "bench": ("buffer.cli.measure:bench", "Measure appends, flush and memory beside their baselines."),
 }

@@ -22,13 +22,14 @@ _PROGRESS_SECONDS = 0.5
 _TAIL_POLL_SECONDS = 0.1
 
 
-class _Progress:
+class Progress:
     """A line on stderr now and then, rewritten in place on a terminal."""
 
     def __init__(self) -> None:
         self._began = self._last = time.monotonic()
 
     def show(self, text: str, *, last: bool = False) -> None:
+        """Write the line if the last one is old enough, or if it is the last."""
         now = time.monotonic()
         if not last and now - self._last < _PROGRESS_SECONDS:
             return
@@ -57,7 +58,7 @@ def import_(
     settings = (common or Common()).settings()
     if str(file) != "-" and not file.is_file():
         raise SettingsError(f"{file} does not exist")
-    progress = _Progress()
+    progress = Progress()
 
     def on_progress(now: ImportProgress) -> None:
         progress.show(f"{now.conversations} conversations, {now.stored} items stored, {now.known} known")
@@ -79,6 +80,7 @@ def import_(
             "stored": report.stored,
             "already_stored": report.known,
             "removed_before": report.removed,
+            "erased_before": report.erased,
             "conflicts": report.conflicts,
             "rejected_lines": report.rejected,
         }

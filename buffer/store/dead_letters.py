@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from buffer.errors import NotFound
 from buffer.model.codec import equal_as_json
 from buffer.store import items, queries, stale_views
+from buffer.store.items import Identity
 from buffer.store.pool import BadRows, Connection, Database, DuplicateRows, translated
 
 _SQL = queries.load("dead_letters")
@@ -42,12 +43,13 @@ class KeptLetter:
     created_at: datetime
 
 
-async def add(connection: Connection, letters: Sequence[DeadLetter]) -> None:
-    """Keep letters, within a transaction of the caller."""
+async def add(connection: Connection, letters: Sequence[DeadLetter]) -> set[Identity]:
+    """Keep letters, within a transaction of the caller; which were new, and not removed or erased."""
     columns = list(zip(*letters, strict=True))
     with translated():
-        await connection.execute(_SQL["add"], *columns)
+        kept = await connection.fetch(_SQL["add"], *columns)
     await stale_views.note(connection, [letter[:2] for letter in letters])
+    return {(r["tenant"], r["conversation"], r["item_id"]) for r in kept}
 
 
 async def holders(connection: Connection, conversations: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:

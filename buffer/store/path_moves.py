@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from buffer.model.position import pack
+from buffer.model.position import epoch_of, pack, sequence_of
 from buffer.store import queries
-from buffer.store.paths import RESTORED, Mode, PathStore, bring, lock
+from buffer.store.paths import RESTORED, Locked, Mode, PathStore, bring, lock
 from buffer.store.placing import Placed
 from buffer.store.pool import Connection, translated
 
@@ -260,6 +260,25 @@ class PathMoves(PathStore):
             await connection.execute(_SQL["catch_up"], shard, epoch, run_id)
             await connection.execute(_SQL["add_missing"], shard, RESTORED)
         return True
+
+
+async def move_past(connection: Connection, shard: int, row: Locked, through: int) -> None:
+    """See to it that no position up to ``through`` is given out (again): Postgres was restored.
+
+    The caller holds the shard's row locked. In the epoch of ``through`` itself Redis goes on after it, or is
+    lost, which begins another epoch.
+    """
+    epoch = epoch_of(through)
+    if row.epoch > epoch or (row.epoch, row.mode) == (epoch, "stream"):
+        return
+    with translated():
+        if (row.epoch, row.mode) == (epoch, "direct"):
+            await connection.execute(_SQL["go_on_after"], shard, sequence_of(through))
+            return
+        detail = f"shard {shard}: something was erased in epoch {epoch}, and Postgres says {row.epoch}"
+        await connection.execute(_SQL["add_incarnation"], "postgres", detail)
+        await connection.execute(_SQL["catch_up"], shard, epoch, None)
+        await connection.execute(_SQL["add_missing"], shard, RESTORED)
 
 
 async def _grantees(connection: Connection, epochs: dict[int, int]) -> Went:

@@ -145,6 +145,12 @@ class PathStore:
                 await connection.execute(_SQL["found"], process, list(registered))
         return registered
 
+    async def is_clean(self) -> bool:
+        """Whether nobody is missing who may hold acked items."""
+        async with self.database.connection() as connection:
+            clean: bool = await connection.fetchval(_SQL["is_clean"])
+        return clean
+
     async def leave(self, process: str) -> None:
         """Unregister a process that acks nothing any more, and retains nothing."""
         async with self.database.connection() as connection:

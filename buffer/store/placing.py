@@ -50,7 +50,7 @@ class Placed(NamedTuple):
 async def place(connection: Connection, rows: Sequence[Placed]) -> set[Identity]:
     """Insert what is not there by its id, and remove what the entries remove; what was new.
 
-    An item that an entry of the same rows erases counts as new: it was there for a moment.
+    What a new erasure of the same rows erases counts as new: it was there for a moment.
 
     Raises:
         BadRows, DuplicateRows: Postgres refuses a row, or its position is taken; the transaction is broken.
@@ -62,9 +62,12 @@ async def place(connection: Connection, rows: Sequence[Placed]) -> set[Identity]
             erased[row.identity[:2]] = max(row.position, erased.get(row.identity[:2], 0))
     if erased:
         erasures = [Erasure(r.tenant, r.conversation, r.position) for r in rows if r.kind == ERASE]
-        fresh = await removals.erase(connection, erasures)
-        new |= {r.identity for r in rows if r.kind == ERASE and (*r.identity[:2], r.position) in fresh}
-        new |= {r.identity for r in rows if r.position < erased.get(r.identity[:2], 0)}
+        fresh = {erasure[:2] for erasure in await removals.erase(connection, erasures)}
+        new |= {
+            r.identity
+            for r in rows
+            if r.position <= erased.get(r.identity[:2], -1) and r.identity[:2] in fresh
+        }
         rows = [row for row in rows if row.position > erased.get(row.identity[:2], -1)]
     new_items = await _insert(connection, [row for row in rows if row.kind == ITEM])
     new |= new_items
@@ -128,7 +131,7 @@ async def _place_alone(connection: Connection, row: Placed) -> set[Identity]:
         async with connection.transaction():
             return await place(connection, [row])
     except (BadRows, DuplicateRows) as error:
-        await dead_letters.add(connection, [_letter(row, str(error))])
+        await _keep(connection, [row], [_letter(row, str(error))])
         return set()
 
 
@@ -150,9 +153,15 @@ async def set_aside(connection: Connection, rows: Sequence[Placed], why: str = "
         position, data = stored[row.identity]
         if position != row.position and (data is None or not equal_as_json(row.data, data)):
             letters.append(_letter(row, f"the id is stored with another body, at position {position}"))
-    if letters:
-        await dead_letters.add(connection, letters)
+    await _keep(connection, rows, letters)
     return len(letters)
+
+
+async def _keep(connection: Connection, rows: Sequence[Placed], letters: Sequence[DeadLetter]) -> None:
+    """Dead letters of some rows. Their conversations are known, so that whoever erases a user finds them."""
+    if letters:
+        kept = await dead_letters.add(connection, letters)
+        await _add_conversations(connection, [row for row in rows if row.identity in kept])
 
 
 def _letter(row: Placed, reason: str) -> DeadLetter:

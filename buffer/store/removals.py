@@ -61,21 +61,47 @@ async def remove(connection: Connection, cuts: Sequence[Cut]) -> set[int]:
 
 
 async def erase(connection: Connection, erasures: Sequence[Erasure]) -> set[Erasure]:
-    """Erase conversations up to a position; which of the erasures were new."""
+    """Erase conversations up to a position; which of the erasures were new.
+
+    The others find nothing: what they erase is gone, and every way into the tables looks at tombstones.
+    """
     last: dict[tuple[str, str], int] = {}
     for tenant, conversation, through in erasures:
         last[tenant, conversation] = max(through, last.get((tenant, conversation), 0))
     tenants, conversations = zip(*last, strict=True)
-    columns = (tenants, conversations, list(last.values()))
     with translated():
+        new = await connection.fetch(_SQL["add_tombstones"], tenants, conversations, list(last.values()))
+    raised = {Erasure(r["tenant"], r["conversation"], r["through"]) for r in new}
+    await wipe(connection, sorted(raised))
+    return {erasure for erasure in erasures if any(erasure[:2] == other[:2] for other in raised)}
+
+
+async def wipe(connection: Connection, erasures: Sequence[Erasure]) -> dict[tuple[str, str], int]:
+    """Delete conversations up to a position each; how many items of those that had any."""
+    if not erasures:
+        return {}
+    tenants, conversations, through = zip(*erasures, strict=True)
+    with translated():
+        await connection.execute(_SQL["make_conversations"], tenants, conversations)
         await connection.execute(_SQL["lock_conversations"], tenants, conversations)
-        new = await connection.fetch(_SQL["add_tombstones"], *columns)
-        for table in ("letters", "items", "removals", "conversations"):
-            await connection.execute(_SQL[f"erase_{table}"], *columns)
+        deleted = await delete(connection, erasures)
+        await connection.execute(_SQL["erase_conversations"], tenants, conversations, through)
         # All of them: one that goes further was rolled forward from what is erased.
-        await connection.execute(_SQL["remove_summaries"], tenants, conversations, [0] * len(last))
-    raised = {(r["tenant"], r["conversation"]) for r in new}
-    return {erasure for erasure in erasures if erasure[:2] in raised}
+        await connection.execute(_SQL["remove_summaries"], tenants, conversations, [0] * len(tenants))
+    return deleted
+
+
+async def delete(connection: Connection, erasures: Sequence[Erasure]) -> dict[tuple[str, str], int]:
+    """Delete what conversations hold up to a position each; how many items of those that had any."""
+    if not erasures:
+        return {}
+    columns = list(zip(*erasures, strict=True))
+    with translated():
+        await connection.execute(_SQL["erase_letters"], *columns)
+        rows = await connection.fetch(_SQL["erase_items"], *columns)
+        await connection.execute(_SQL["erase_removals"], *columns)
+        await connection.execute(_SQL["erase_summaries"], *columns)
+    return {(r["tenant"], r["conversation"]): r["items"] for r in rows}
 
 
 async def erasable_conversations(database: Database, tenant: str, user: str) -> AsyncIterator[list[str]]:

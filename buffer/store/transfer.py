@@ -41,13 +41,15 @@ class ImportedConversation(NamedTuple):
 class ConversationState:
     """What Postgres holds of a conversation.
 
-    ``metadata`` is None also where it is, letter for letter, what the import brings.
+    ``metadata`` is None also where it is, letter for letter, what the import brings. ``erased``: it was
+    erased, and so was whatever might be imported: an erasure covers every position before its own.
     """
 
     user: str | None
     metadata: str | None
     has_items: bool
     last_imported: int
+    erased: bool
 
 
 class StoredDigest(NamedTuple):

@@ -11,10 +11,12 @@ class ShardKeys:
     =========================  ======  =============================================================
     ``buffer:{3}:stream``      stream  every unflushed item, once, in order; each entry names the one
                                        before it in its conversation
-    ``buffer:{3}:shard``       hash    the grant's ``epoch``, the flushed-through ``mark``, ``bytes``;
-                                       for each member ``@process``; for each ``tenant/conversation``
-                                       its last unflushed entry; or, without a grant, the ``fence``
-    ``buffer:{3}:ids`` .old    hash    idempotency window: id digest to body digest and sequence
+    ``buffer:{3}:shard``       hash    the grant's ``epoch``, the flushed-through ``mark``, ``bytes``, the
+                                       last erasure ``erased``; for each member ``@process``; for each
+                                       ``tenant/conversation`` its last unflushed entry; or, without a
+                                       grant, the ``fence``
+    ``buffer:{3}:ids`` .old    hash    idempotency window: id digest to body digest and sequence; for each
+                                       ``!tenant/conversation`` that was erased, where
     ``buffer:{3}:leases``      hash    who looks a conversation up in Postgres
     ``buffer:{3}:fills``       hash    who fills a conversation's view from Postgres
     ``buffer:{3}:managers``    hash    which of the processes' questions each path manager has answered

@@ -1,8 +1,9 @@
 """One transaction of an import: what is there is found out under locks, the rest gets its place, one COPY.
 
 The conversations' rows are locked first, in one order, so that imports never wait for each other in a
-circle, and what is then read of those conversations stays true. Only a flush can still bring one of the
-same ids in between; then the transaction is done again.
+circle, and what is then read of those conversations stays true: an erasure waits for them as well. Only a
+flush can still bring one of the same ids in between; then the transaction is done again. It is also done
+again without the conversations that turn out to be erased, of which nothing is brought back.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ class Part:
         return self.line.tenant, self.line.conversation, item.item_id
 
 
+class _ErasedError(Exception):
+    """Rolls a transaction back that was about to touch conversations that are erased."""
+
+    def __init__(self, keys: set[tuple[str, str]]) -> None:
+        super().__init__()
+        self.keys = keys
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a transaction did. ``last`` is the position of its last part's last item."""
@@ -82,6 +91,7 @@ class Outcome:
     stored: int = 0
     known: int = 0
     removed: int = 0
+    erased: int = 0
     last: int = 0
     problems: list[Problem] = field(default_factory=list)
 
@@ -106,6 +116,11 @@ async def store(database: Database, parts: Sequence[Part]) -> Outcome:
     """
     try:
         return await _until_stored(database, parts)
+    except _ErasedError as error:
+        left = [part for part in parts if part.line.key not in error.keys]
+        outcome = await store(database, left) if left else Outcome()
+        outcome.erased += sum(len(part.items) for part in parts if part.line.key in error.keys)
+        return outcome
     except BadRows as error:
         if len(parts) == 1:
             param = f"items[{parts[0].start}]" if parts[0].start else None
@@ -118,6 +133,7 @@ async def store(database: Database, parts: Sequence[Part]) -> Outcome:
             one.stored + other.stored,
             one.known + other.known,
             one.removed + other.removed,
+            one.erased + other.erased,
             other.last,
             one.problems + other.problems,
         )
@@ -147,6 +163,8 @@ async def _transaction(database: Database, parts: Sequence[Part]) -> Outcome:
     async with database.transaction() as connection:
         states = await transfer.lock_conversations(connection, described, IMPORT_END)
         both = list(zip(parts, states, strict=True))
+        if erased := {part.line.key for part, state in both if state.erased}:
+            raise _ErasedError(erased)
         maybe = [part.key(item) for part, state in both if state.has_items for item in part.items]
         there = await transfer.digests(connection, maybe) if maybe else {}
         for part, state in both:

@@ -6,6 +6,8 @@
   time sets its position, at least one after the item before it in the file; one without a time follows
   the item before it, and as the first of its line whatever was imported before. A position that is taken
   gives way to the next free one.
+* **Gone is gone.** What was deleted here stays away, and so does everything of a conversation that was
+  erased, also if it has begun anew.
 * **Whole.** A line is stored in one transaction, unless it alone is larger than a batch, or it is refused.
 """
 
@@ -29,8 +31,10 @@ KEPT_PROBLEMS = 1_000
 
 @dataclass(slots=True)
 class ImportProgress:
-    """How far an import is. Items: ``stored`` now, ``known`` before, ``removed`` before and so left out.
+    """How far an import is.
 
+    Items: ``stored`` now, ``known`` before; left out because they were ``removed`` before, or because their
+    conversation was ``erased``.
     ``lines`` and ``nbytes`` count what was read, ``conversations`` the lines that are dealt with.
     ``rejected`` counts lines, ``conflicts`` items, users and metadata.
     """
@@ -41,6 +45,7 @@ class ImportProgress:
     stored: int = 0
     known: int = 0
     removed: int = 0
+    erased: int = 0
     conflicts: int = 0
     rejected: int = 0
 
@@ -53,7 +58,7 @@ class ImportReport(ImportProgress):
 
     @property
     def ok(self) -> bool:
-        """Whether everything of the file is stored."""
+        """Whether everything of the file is stored, but for what was removed or erased here."""
         return not (self.conflicts or self.rejected)
 
 
@@ -203,6 +208,7 @@ class _Import:
         report.stored += outcome.stored
         report.known += outcome.known
         report.removed += outcome.removed
+        report.erased += outcome.erased
         for problem in outcome.problems:
             self._problem(problem)
         self._on_progress(report)

@@ -54,6 +54,31 @@ async def test_help_names_every_command_and_usage_errors_exit_2(settings: Settin
     assert (await run(settings, "no-such-command", cwd=tmp_path)).returncode == 2
 
 
+async def test_erasures_are_exported_and_replayed(settings: Settings, tmp_path: Path) -> None:
+    """Data on stdout, reports on stderr or as JSON; a bad line is exit 1, no file 2, no database 3."""
+    async with Buffer.connect(settings) as buffer:
+        await buffer.conversation("c7", tenant="acme", user="u1").append({"secret": 1})
+        (erased,) = await buffer.delete_user("u1", tenant="acme")
+    shown = await run(settings, "erasures", "export", cwd=tmp_path)
+    conversation, user = map(json.loads, shown.stdout.splitlines())
+    assert (conversation["conversation"], conversation["through"]) == ("c7", str(erased.through))
+    assert (shown.returncode, user["user"], "secret" in shown.stdout) == (0, "u1", False)
+    assert "1 erased conversations, 1 erased users" in shown.stderr
+    (tmp_path / "erasures.jsonl").write_text(shown.stdout + "nonsense\n")
+    replay = await run(settings, "erasures", "replay", "erasures.jsonl", "--json", cwd=tmp_path)
+    assert replay.returncode == 1
+    assert json.loads(replay.stdout) == {"conversations": 1, "users": 1, "new": 0, "items": 0, "rejected": 1}
+    assert "line 3" in replay.stderr
+    again = await run(settings, "erasures", "replay", "-", cwd=tmp_path, stdin=shown.stdout)
+    assert (again.returncode, again.stdout) == (
+        0,
+        "1 conversations, 1 users, 0 new, 0 items, 0 rejected\n",
+    )
+    assert (await run(settings, "erasures", "replay", "nowhere", cwd=tmp_path)).returncode == 2
+    away = settings.model_copy(update={"postgres_url": "postgresql://u@127.0.0.1:1/buffer"})
+    assert (await run(away, "erasures", "export", cwd=tmp_path)).returncode == 3
+
+
 async def test_a_dependency_that_is_down_is_exit_3_and_named(settings: Settings, tmp_path: Path) -> None:
     """Neither a traceback nor a password reaches the user."""
     away = settings.model_copy(update={"postgres_url": "postgresql://u:hunter2@127.0.0.1:1/buffer"})

@@ -17,7 +17,7 @@ from buffer.model.codec import encode_item
 from buffer.model.position import pack
 from buffer.store import removals
 from buffer.store.items import Row, copy_rows
-from buffer.store.removals import Cut
+from buffer.store.removals import Cut, Erasure
 from buffer.transfer import ImportReport, import_file
 from tests.integration.transfer_support import (
     NOON,
@@ -162,6 +162,46 @@ async def test_a_removed_item_does_not_come_back(database, tenant):
     assert (counts(report), report.removed, report.ok) == ((0, 1, 0, 0), 1, True)
     (line,) = await exported(database, tenant)
     assert [item["content"] for item in line["items"]] == ["b"]
+
+
+async def erase(database, tenant, named="c1"):
+    async with database.transaction() as connection:
+        await removals.erase(connection, [Erasure(tenant, named, pack(1, 7))])
+
+
+async def test_an_erased_conversation_is_not_brought_back(database, tenant):
+    """Neither items nor user or metadata; it is counted, and the others of the file are stored."""
+    lines = lines_of(
+        conversation(turn("a"), turn("b"), user="u1", metadata={"k": 1}), conversation(turn("c"), named="c2")
+    )
+    await import_file(database, lines[:1], tenant=tenant)
+    await erase(database, tenant)
+    report = await import_file(database, lines, tenant=tenant)
+    assert (counts(report), report.erased, report.ok) == ((1, 0, 0, 0), 2, True)
+    assert [line["conversation_id"] for line in await exported(database, tenant)] == ["c2"]
+    large = await import_file(
+        database, lines_of(conversation(*map(turn, "abcde"))), tenant=tenant, batch_items=2
+    )
+    assert (counts(large), large.erased) == ((0, 0, 0, 0), 5)
+    assert await rows_of(database, tenant) == []
+
+
+async def test_an_import_raced_with_an_erasure_leaves_nothing_of_it(database, tenant):
+    """Whichever comes first, of each conversation everything is gone, or refused."""
+    names = [f"c{n}" for n in range(30)]
+    lines = lines_of(*(conversation(*map(turn, "abc"), named=name, user="u1") for name in names))
+
+    async def erase_all():
+        for name in names:
+            await erase(database, tenant, name)
+
+    report, *_ = await asyncio.gather(
+        import_file(database, lines, tenant=tenant, batch_items=15), erase_all()
+    )
+    assert report.stored + report.erased == 90
+    assert await exported(database, tenant) == []
+    for name in names:
+        assert await rows_of(database, tenant, name) == []
 
 
 async def test_a_row_that_postgres_refuses_costs_only_its_line(database, tenant):

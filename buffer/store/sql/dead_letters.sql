@@ -1,7 +1,7 @@
 -- Items that could not be stored.
 
 -- name: add
--- Not what was removed or erased meanwhile.
+-- Not what was removed or erased meanwhile. Returns which were new.
 -- $1 tenants, $2 conversations, $3 item ids, $4 positions, $5 payloads, $6 reasons
 insert into buffer.dead_letters (tenant, conversation, item_id, position, payload, reason)
 select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bytea[], $6::text[])
@@ -15,6 +15,7 @@ where not exists (
       and r.position > l.position and r.after < l.position and r.before > l.position
 )
 on conflict do nothing
+returning tenant, conversation, item_id
 
 -- name: page
 -- Oldest first. $1 after this number, $2 limit, $3 tenant or null, $4 conversation or null

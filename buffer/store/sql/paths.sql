@@ -37,6 +37,9 @@ select shard from buffer.missing where process = any($1::text[]) and shard = any
 -- $1 process, $2 shards
 delete from buffer.missing where process = $1 and shard = any($2::int[])
 
+-- name: is_clean
+select not exists (select from buffer.missing)
+
 -- name: leave
 -- $1 process
 delete from buffer.processes where process = $1
@@ -114,6 +117,10 @@ returning s.shard
 update buffer.shards set path_epoch = $2::bigint + 1, mode = 'closing', run_id = $3, placed_turns = 0,
     flushed_through = greatest(flushed_through, ($2::bigint << 40) - 1), last_seen = ($2::bigint << 40) - 1
 where shard = $1
+
+-- name: go_on_after
+-- $1 shard, $2 the last number that counts as taken
+update buffer.shards set next_direct = greatest(next_direct, $2::bigint + 1) where shard = $1
 
 -- name: mark_flushed
 -- $1 shard, $2 position

@@ -8,12 +8,26 @@ where (tenant, conversation) in (select * from unnest($1::text[], $2::text[]))
 order by tenant, conversation
 for update
 
+-- name: make_conversations
+-- Where there is no row, an import may be about to make one: then this waits for it, and the row is locked.
+-- $1 tenants, $2 conversations
+insert into buffer.conversations (tenant, conversation, created_at)
+select tenant, conversation, now() from unnest($1::text[], $2::text[]) as c (tenant, conversation)
+order by 1, 2
+on conflict do nothing
+
 -- name: add_removals
 -- What was removed is kept in mind for rows that a spill brings later.
+-- Not one from before an erasure: there is nothing left for it to remove.
 -- $1 tenants, $2 conversations, $3 positions of the removals, $4 after, $5 before, $6 deleted ids.
 -- Returns which were new.
 insert into buffer.removals (tenant, conversation, position, after, before, item_id)
 select * from unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::text[])
+    as r (tenant, conversation, position, after, before, item_id)
+where not exists (
+    select from buffer.tombstones t
+    where t.tenant = r.tenant and t.conversation = r.conversation and t.through >= r.position
+)
 on conflict do nothing
 returning position
 
@@ -50,16 +64,26 @@ where t.through < excluded.through
 returning tenant, conversation, through
 
 -- name: erase_items
--- $1 tenants, $2 conversations, $3 positions
-delete from buffer.items i
-using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
-where i.tenant = e.tenant and i.conversation = e.conversation and i.position <= e.through
+-- $1 tenants, $2 conversations, $3 positions. Returns how many of each.
+with erased as (
+    delete from buffer.items i
+    using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
+    where i.tenant = e.tenant and i.conversation = e.conversation and i.position <= e.through
+    returning i.tenant, i.conversation
+)
+select tenant, conversation, count(*) as items from erased group by 1, 2
 
 -- name: erase_removals
 -- $1 tenants, $2 conversations, $3 positions
 delete from buffer.removals r
 using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
 where r.tenant = e.tenant and r.conversation = e.conversation and r.position <= e.through
+
+-- name: erase_summaries
+-- $1 tenants, $2 conversations, $3 positions
+delete from buffer.summaries s
+using unnest($1::text[], $2::text[], $3::bigint[]) as e (tenant, conversation, through)
+where s.tenant = e.tenant and s.conversation = e.conversation and s.through <= e.through
 
 -- name: erase_letters
 -- $1 tenants, $2 conversations, $3 positions

@@ -19,7 +19,8 @@ where (c.user_id is null and excluded.user_id is not null)
 
 -- name: state
 -- What the conversations hold, in the order of the parameters. `metadata` only where it is another text.
--- $1 tenants, $2 conversations, $3 metadata, $4 the first position that is not for imports
+-- `erased`: imported positions are erased there. Its own statement, so that it sees an erasure for which the
+-- lock waited. $1 tenants, $2 conversations, $3 metadata, $4 the first position that is not for imports
 select c.user_id,
     case when c.metadata::text <> wanted.metadata::text then c.metadata end as metadata,
     exists (
@@ -30,7 +31,10 @@ select c.user_id,
         where i.tenant = c.tenant and i.conversation = c.conversation and i.position < $4
         order by i.position desc
         limit 1
-    ), 0) as last_imported
+    ), 0) as last_imported,
+    exists (
+        select from buffer.tombstones t where t.tenant = c.tenant and t.conversation = c.conversation
+    ) as erased
 from unnest($1::text[], $2::text[], $3::json[]) with ordinality as wanted (tenant, conversation, metadata, n)
 join buffer.conversations c using (tenant, conversation)
 order by wanted.n

@@ -16,7 +16,7 @@
 --         "c<i>,<i>.."      conflict: these items (1..) are known, with another body or only partly
 --         "p<seq>"          the last position is another one
 --         "l"               nothing here knows the last position; look it up under a lease
---         "w"               an id is known from before an erasure that is not flushed yet: wait for it
+--         "w"               the conversation is erased, and Postgres does not know it yet: wait for that
 --
 -- Every check of an operation comes before its first write: a script has no rollback. The payload is
 -- opaque. Without the `#!lua` line Redis may let a script write past maxmemory; with it, one that
@@ -27,8 +27,8 @@ local call, sub = redis.call, string.sub
 local A, argc, epoch = ARGV, #ARGV, ARGV[1]
 
 -- What the call will touch: conversations, ids.
-local fields, digests = { 'epoch', 'mark', 'bytes', A[2] }, {}
-local operations, items = 4, 0
+local fields, digests = { 'epoch', 'mark', 'bytes', A[2], 'erased' }, {}
+local operations, items = 5, 0
 local at = 3
 while at <= argc do
   operations = operations + 1
@@ -55,6 +55,7 @@ local fresh, tails = {}, {}          -- what this very call added: id to value, 
 local window, windowed = {}, 0       -- field, value pairs to be written
 local changes, changed = { 'bytes', '' }, 2
 local bytes, mark = tonumber(shard[3]), tonumber(shard[2])
+local erasing = tonumber(shard[5] or '-1') > mark  -- some conversation of the shard
 
 -- Where the conversation was last erased, if within the window: kept with the ids, as long as they are.
 local function erased(conversation)
@@ -63,7 +64,7 @@ local function erased(conversation)
   return at and tonumber(at)
 end
 
-local item, operation = 0, 4
+local item, operation = 0, 5
 at = 3
 while at <= argc do
   local conversation, n, expected, token = A[at], tonumber(A[at + 1]), A[at + 2], nil
@@ -75,16 +76,16 @@ while at <= argc do
   operation = operation + 1
   local last = tails[conversation] or shard[operation]
 
-  local seen, clash, wait = nil, nil, false
+  -- What comes after an erasure is new, once Postgres knows of the erasure: until then Postgres would
+  -- take an id from before it for a repeat.
+  local seen, clash, floor = nil, nil, nil
+  if erasing then floor = erased(conversation) or false end
   for i = at, at + 4 * n - 4, 4 do
     item = item + 1
     local value = fresh[A[i]] or known[item] or older[item]
     if value then
-      local floor = erased(conversation)
-      if floor and tonumber(sub(value, 9)) < floor then
-        wait = wait or floor > mark
-        value = nil
-      end
+      if floor == nil then floor = erased(conversation) or false end
+      if floor and tonumber(sub(value, 9)) < floor then value = nil end
     end
     if value then
       if sub(value, 1, 8) == A[i + 1] then
@@ -98,12 +99,12 @@ while at <= argc do
   end
 
   local answer
-  if wait then
-    answer = 'w'
-  elseif clash or (seen and #seen < n) then
+  if clash or (seen and #seen < n) then
     answer = 'c' .. table.concat(clash or {}, ',')
   elseif seen then
     answer = 'd' .. table.concat(seen, ',')
+  elseif floor and floor > mark then
+    answer = 'w'
   elseif expected ~= '' and last then
     if last ~= expected then answer = 'p' .. last end
   elseif expected ~= '' and (token == '' or call('HGET', KEYS[5], conversation) ~= token) then
@@ -126,6 +127,10 @@ while at <= argc do
         window[windowed + 2] = last
         windowed = windowed + 2
         fresh['!' .. conversation] = last
+        changes[changed + 1] = 'erased'
+        changes[changed + 2] = last
+        changed = changed + 2
+        erasing = true
       end
     end
     tails[conversation] = last
@@ -134,7 +139,7 @@ while at <= argc do
     changed = changed + 2
   end
   at = at + 4 * n
-  reply[operation - 3] = answer
+  reply[operation - 4] = answer
 end
 
 if windowed > 0 then
