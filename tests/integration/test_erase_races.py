@@ -144,7 +144,7 @@ async def test_erasure_that_is_brought_twice_erases_once(
     """A conversation that was made anew meanwhile, without items yet, stays."""
     await bring(database, entry(5), entry(6, ERASE, "c"))
     async with database.transaction() as connection:
-        await add_conversations(connection, [NewConversation("t", "c", "u1", AT)])
+        await add_conversations(connection, [NewConversation("t", "c", "u1", AT, AT)])
     await bring(database, entry(5), entry(6, ERASE, "c"))
     assert await count(postgres, "conversations") == 1
     assert await count(postgres, "items") == 0
@@ -214,7 +214,7 @@ async def test_erasure_waits_for_an_import_that_makes_the_conversation(
     database: Database, postgres: asyncpg.Connection
 ) -> None:
     """The import's rows are not there yet when the erasure begins, and are gone when it ends."""
-    wanted = [ImportedConversation("t", "c", "u1", None, AT)]
+    wanted = [ImportedConversation("t", "c", "u1", None, AT, AT)]
     async with database.transaction() as importing:
         await lock_conversations(importing, wanted, pack(1, 0))
         await copy_rows(importing, [Row("t", "c", 7, "m-7", AT, "{}")])
