@@ -17,7 +17,7 @@ from tests.support.paths import on_path
 from tests.support.polling import eventually
 
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
-_TABLES = ("items", "removals", "conversations")
+_TABLES = ("items", "removals", "conversations", "summaries")
 
 
 @pytest.fixture
@@ -56,6 +56,8 @@ async def test_replay_erases_what_a_restore_brought_back(
         conversation = buffer.conversation(name, user="u1" if name != "kept" else "u2")
         await conversation.extend([{"secret": n} for n in range(4)], ids=[f"m-{n}" for n in range(4)])
         await conversation.delete_item("m-1")
+        last = (await conversation.context()).items[-1].position
+        await conversation.set_summary("secret", through=last)
     await buffer.flush()
     backup = {table: await postgres.fetch(f"select * from buffer.{table}") for table in _TABLES}
     receipts = await buffer.delete_user("u1")
@@ -76,7 +78,7 @@ async def test_replay_erases_what_a_restore_brought_back(
     assert await names(buffer) == []
     assert await names(buffer, "d") == ["m-9"]
     assert await names(buffer, "kept") == ["m-0", "m-2", "m-3"]
-    for table in ("items", "removals"):
+    for table in ("items", "removals", "summaries"):
         assert not await postgres.fetch(f"select from buffer.{table} where conversation = 'c'")
     left = await postgres.fetch("select conversation from buffer.conversations order by 1")
     assert [row["conversation"] for row in left] == ["d", "kept"]
@@ -89,7 +91,9 @@ async def test_replay_erases_what_a_restore_brought_back(
 
 def _new(table: str, rows: list[asyncpg.Record]) -> list[asyncpg.Record]:
     """What of a backup does not stand there now: ``kept`` was never touched, ``d`` has a row again."""
-    return [r for r in rows if table == "items" or (table == "conversations" and r["conversation"] != "d")]
+    if table == "conversations":
+        return [r for r in rows if r["conversation"] != "d"]
+    return [r for r in rows if table == "items" or (table == "summaries" and r["conversation"] != "kept")]
 
 
 async def test_rows_that_came_back_without_their_tombstones_go_are_erased_too(
