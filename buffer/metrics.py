@@ -130,6 +130,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         " by this read), `beyond` (more than the cache holds).",
         ("type", "tier", "outcome"),
     ),
+    Definition("counter", "buffer_swept_views_total", "Views dropped early, to make room in Redis."),
     Definition("gauge", "buffer_dead_letter_turns", "Dead letters that wait for somebody to act."),
     Definition("gauge", "buffer_missing_processes", "Silent processes that may hold acked items."),
     # --- everywhere

@@ -136,7 +136,13 @@ class Runtime:
             self.shards, self.views, self.member, self.items, self.metrics, settings.append_timeout_seconds
         )
         self.view_reader = ViewReader(
-            settings, self.reader, self.views, self.member, self.items, self.metrics
+            settings,
+            self.reader,
+            self.views,
+            self.member,
+            self.items,
+            lambda: self.capacity.crowded,
+            self.metrics,
         )
         lookups = LookupStore(self.database)
         self.lookup = Lookup(self.reader, lookups)
@@ -230,6 +236,7 @@ class Runtime:
                 database,
                 self.paths,
                 self._grants,
+                self.capacity.views_may_grow,
                 self.metrics,
                 self.flusher_id,
                 worker.committed if worker else None,

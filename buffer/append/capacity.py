@@ -2,6 +2,9 @@
 
 Above a high-water mark appends are refused before anything is taken, until the low one is reached. They
 are never sent to Postgres instead: while Redis lives, that would be two paths at a time.
+
+Cached views make way before that: near the mark of Redis's memory no process adds to them, and flushers
+sweep them out.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from buffer.stream.shards import Shards
 _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.25
+# Views make way from the first share of the high-water mark of memory on, until the second is reached. At
+# the low one of the mark itself appends are taken again, so it must be above.
+_CROWDED_SHARE = 0.9
+_ROOMY_SHARE = 0.85
 
 
 class Capacity:
@@ -39,11 +46,25 @@ class Capacity:
         self._metrics = metrics
         self._unflushed = Gate(settings.high_water_bytes, low * settings.high_water_bytes)
         self._memory = Gate(math.inf, math.inf)
+        self._crowd = Gate(math.inf, math.inf)
         self._retained = Gate(settings.retained_max_bytes, low * settings.retained_max_bytes)
         self._flow = Flow()
         self._used = 0.0
         self._used_memory = 0.0
+        self._granted = 0
         self._full = False
+
+    @property
+    def crowded(self) -> bool:
+        """Whether Redis is so full that views must make way for what is not flushed."""
+        return self._crowd.closed
+
+    def views_may_grow(self, nbytes: int) -> bool:
+        """Whether views may grow by so much; what is granted counts until the next look at Redis."""
+        if self.crowded or self._used_memory + self._granted + nbytes >= self._crowd.high:
+            return False
+        self._granted += nbytes
+        return True
 
     def check(self) -> None:
         """Refuse an append for which there is no room.
@@ -102,7 +123,7 @@ class Capacity:
     async def _look(self) -> None:
         streams = [shard for shard, state in enumerate(self._member.states) if state.mode == "stream"]
         if not streams:
-            self._full = self._unflushed.closed = self._memory.closed = False
+            self._full = self._unflushed.closed = self._memory.closed = self._crowd.closed = False
             self._metrics["seconds_to_full"].set(math.inf)
             return
         backlogs = await self._shards.peek(streams)
@@ -115,6 +136,9 @@ class Capacity:
         high = limit * self._memory_share if limit else math.inf
         self._memory.high, self._memory.low = high, high - (limit * self._memory_share * 0.1 if limit else 0)
         self._full = self._memory.see(self._used_memory)
+        self._crowd.high, self._crowd.low = _CROWDED_SHARE * high, _ROOMY_SHARE * high
+        self._crowd.see(self._used_memory)
+        self._granted = 0
         self._metrics["redis_memory_bytes"].set(self._used_memory)
         self._metrics["seconds_to_full"].set(
             min(

@@ -1,10 +1,11 @@
-"""What a flusher does now and then beside flushing: the ledger's gauges, and views that went stale."""
+"""What a flusher does now and then beside flushing: the ledger's gauges, and views that must go."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 import anyio
 
@@ -25,16 +26,28 @@ _LEDGER_SECONDS = 2.0
 _STALE_VIEWS_SECONDS = 0.5
 _SETTLED_SECONDS = 1.0
 _AGAIN_SECONDS = 0.01
+# 10,000 keys a second, a few ms of Redis's time each: more than readers put there, less than they miss.
+_SWEEP_SECONDS = 0.1
+_SWEEP_KEYS = 500
+_SWEEPS = 2
 
 
 class Chores:
     """The chores of one flusher; with several, each does what it finds."""
 
-    def __init__(self, database: Database, shards: Shards, views: Views, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        database: Database,
+        shards: Shards,
+        views: Views,
+        crowded: Callable[[], bool],
+        metrics: Metrics,
+    ) -> None:
         self._database = database
         self._shards = shards
         self._ledger = LossLedger(database)
         self._views = views
+        self._crowded = crowded
         self._metrics = metrics
 
     async def run(self) -> None:
@@ -42,6 +55,7 @@ class Chores:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._tell_losses)
             tasks.start_soon(self._drop_stale_views)
+            tasks.start_soon(self._sweep_views)
 
     async def _tell_losses(self) -> None:
         while True:
@@ -57,6 +71,19 @@ class Chores:
                 self._metrics["dead_letter_turns"].set(totals.dead_letters)
                 self._metrics["missing_processes"].set(totals.missing)
             await asyncio.sleep(_LEDGER_SECONDS)
+
+    async def _sweep_views(self) -> None:
+        """While Redis is nearly full, drop views, whichever come first."""
+        cursor = 0
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            for _ in range(_SWEEPS if self._crowded() else 0):
+                try:
+                    cursor, swept = await self._views.sweep(cursor, _SWEEP_KEYS)
+                except BufferError as error:
+                    _log.debug("views are not swept: %s", error)
+                else:
+                    self._metrics["swept_views_total"].inc(swept)
 
     async def _drop_stale_views(self) -> None:
         while True:

@@ -73,6 +73,7 @@ class Flusher:
         database: Database,
         paths: PathMoves,
         make_grants: Callable[[Callable[[], str | None]], Grants],
+        views_may_grow: Callable[[int], bool],
         metrics: Metrics,
         flusher_id: str,
         on_commit: OnCommit | None = None,
@@ -101,12 +102,13 @@ class Flusher:
         self._nudged: set[int] = set()
         self._wakeup = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._chores = Chores(database, shards, views, metrics)
+        self._chores = Chores(database, shards, views, lambda: not views_may_grow(0), metrics)
         self._view_limits = ViewLimits(
             int(settings.conversation_ttl_seconds * 1000) if settings.view_max_bytes else 0,
             settings.view_max_bytes,
             settings.view_max_items,
         )
+        self._views_may_grow = views_may_grow
         self._failures = 0
         self._path_moved = False
 
@@ -375,9 +377,10 @@ class Flusher:
     async def _settle(self, batch: Batch) -> None:
         for part in batch.parts:
             steps = part.settlements(batch.written)
-            settle = partial(
-                self._shards.settle, part.owned.shard, part.owned.path_epoch, views=self._view_limits
-            )
+            views = self._view_limits
+            if not self._views_may_grow(sum(step.view_bytes for step in steps)):
+                views = views._replace(ttl_ms=0)
+            settle = partial(self._shards.settle, part.owned.shard, part.owned.path_epoch, views=views)
             if armed == "flush.between_settles":
                 await settle(steps[:1])
                 crash_point("flush.between_settles")

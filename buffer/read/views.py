@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from buffer.errors import BufferError, RedisUnavailable
 from buffer.metrics import Metrics, Tally
@@ -47,6 +47,7 @@ class ViewReader:
         views: Views,
         member: Member,
         items: ItemReader,
+        crowded: Callable[[], bool],
         metrics: Metrics,
     ) -> None:
         self._settings = settings
@@ -54,6 +55,7 @@ class ViewReader:
         self._views = views
         self._member = member
         self._items = items
+        self._crowded = crowded
         self._requests: Tally = metrics["cache_requests_total"]
         self._seconds: Tally = metrics["read_duration_seconds"]
         self._filling: dict[str, asyncio.Future[None]] = {}
@@ -172,7 +174,9 @@ class ViewReader:
         return answer or await self._reader.newest_of(where, limit)
 
     async def _claim(self, shard: int, epoch: int, key: bytes, token: bytes) -> bool | None:
-        """Whether this read may fill the view; None: nobody may, since Redis takes no writes now."""
+        """Whether this read may fill the view; None: nobody may, since Redis is full, or nearly."""
+        if self._crowded():
+            return None
         try:
             return await self._views.claim(shard, epoch, key, token)
         except (Refused, LinkLost):

@@ -26,7 +26,7 @@ class ShardKeys:
     Only views have a TTL: an eviction policy of ``volatile-*`` cannot touch the rest.
     """
 
-    __slots__ = ("_view", "fills", "ids", "ids_old", "leases", "managers", "shard", "stream")
+    __slots__ = ("_view", "all_views", "fills", "ids", "ids_old", "leases", "managers", "shard", "stream")
 
     def __init__(self, prefix: str, shard: int) -> None:
         tag = f"{prefix}:{{{shard}}}:".encode()
@@ -38,6 +38,7 @@ class ShardKeys:
         self.fills = tag + b"fills"
         self.managers = tag + b"managers"
         self._view = tag + b"view:"
+        self.all_views = f"{prefix}:{{*}}:view:*".encode()  # a pattern: those of the other shards, too
 
     def view(self, epoch: int, conversation: bytes) -> bytes:
         """The key of a conversation's view in an epoch of the path."""

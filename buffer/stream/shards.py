@@ -116,6 +116,11 @@ class Settlement:
     conversations: list[bytes]
     views: bytes
 
+    @property
+    def view_bytes(self) -> int:
+        """What views may take of Redis's memory for it: allocators round up, and each has a key."""
+        return 2 * self.nbytes + 256 * len(self.conversations)
+
 
 class ViewLimits(NamedTuple):
     """How long views live, and how much they hold; ``ttl_ms`` 0: those that are touched are dropped."""

@@ -191,6 +191,16 @@ class Views:
         args = (b"%d" % epoch, conversation, token, b"-1", b"", b"1")
         self._tell(script_call(scripts.FILL, (keys.shard, keys.fills, keys.view(epoch, conversation)), args))
 
+    async def sweep(self, cursor: int, count: int) -> tuple[int, int]:
+        """Drop the views among about ``count`` keys: where to go on (0 at the end), how many they were."""
+        ((at, found),) = await self._calls.submit(
+            [(b"SCAN", b"%d" % cursor, b"MATCH", self._keys[0].all_views, b"COUNT", b"%d" % count)]
+        )
+        if found:
+            (reply,) = await self._calls.submit([(b"UNLINK", *found)])
+            return int(at), checked(reply)
+        return int(at), 0
+
     async def drop(self, shard: int, epoch: int, conversations: Sequence[bytes]) -> None:
         """Drop views, and end the claims under which they would be filled from an older snapshot."""
         keys = self._keys[shard]

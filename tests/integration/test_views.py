@@ -214,17 +214,34 @@ async def test_a_view_never_shows_what_was_removed(patient: Buffer, redis: Redis
 
 
 async def test_a_fill_looks_further_back_where_the_tail_removes_what_it_found(
-    patient: Buffer, redis: Redis
+    settings: Settings, redis: Redis
 ) -> None:
-    """A replacement that is not flushed removes more than the newest items that a fill asks for."""
-    conversation = patient.conversation("c")
-    await conversation.extend([{}] * 30, ids=[f"m-{n}" for n in range(30)])
-    await patient.flush()
-    await conversation.append({}, id="last", replace_after="m-9")
-    for turns in (1, 2, 3, 10, 11, 12):
-        await evict(redis, patient)
-        for _ in range(2):
-            assert await shown(patient, turns) == [*(f"m-{n}" for n in range(10)), "last"][-turns:]
+    """A replacement that is not flushed removes more than all that a fill finds."""
+    short = settings.model_copy(update={"view_max_items": 5, "flush_interval_seconds": 60.0})
+    async with Buffer.connect(short, flusher=True) as buffer:
+        conversation = buffer.conversation("c")
+        await conversation.extend([{}] * 30, ids=[f"m-{n}" for n in range(30)])
+        await buffer.flush()
+        await conversation.append({}, id="last", replace_after="m-9")
+        for turns in (1, 2, 3, 10, 11, 12):
+            await evict(redis, buffer)
+            for _ in range(2):
+                assert await shown(buffer, turns) == [*(f"m-{n}" for n in range(10)), "last"][-turns:]
+
+
+async def test_what_a_warm_read_shows_stays_with_its_process(patient: Buffer, settings: Settings) -> None:
+    """What a client has seen does not go with the process that accepted it, even if Redis goes, too."""
+    async with Buffer.connect(settings) as other:
+        await on_path(other, "stream")
+        await patient.conversation("c").append({}, id="m-0")
+        await patient.flush()
+        assert await shown(other) == ["m-0"]
+        assert other.runtime.member.retention.turns == 0
+        await patient.conversation("c").append({}, id="m-1")
+        with queries(other) as asked:
+            assert await shown(other) == ["m-0", "m-1"]
+        assert asked == []
+        assert other.runtime.member.retention.turns == 1
 
 
 async def test_a_fill_that_missed_a_flush_is_not_put_in_place(patient: Buffer) -> None:

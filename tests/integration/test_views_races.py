@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
@@ -15,7 +16,7 @@ from redis.asyncio import Redis
 from buffer import Buffer, Settings, Unavailable
 from buffer.app.runtime import open_database
 from buffer.flush import batch
-from buffer.stream.shards import Backlog, Settlement, ViewLimits
+from buffer.stream.shards import Backlog, Settlement, Tail, ViewLimits
 from buffer.transfer import import_file
 from tests.integration.test_views import evict, queries, shown, views
 from tests.support.paths import on_path
@@ -239,3 +240,41 @@ async def test_a_view_that_began_empty_learns_the_first_item(patient: Buffer, re
     assert asked == [1]
     (key,) = await views(redis, patient)
     assert 0 < await redis.ttl(key) <= 900
+
+
+async def test_a_flush_between_two_parts_of_a_long_tail_leaves_no_gap(
+    patient: Buffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The view was read with the first part; what is flushed then is neither in it nor in the next part."""
+    tail = patient.runtime.shards.tail
+    flushed = []
+
+    async def after_a_flush(*args: Any) -> Tail:
+        await patient.flush()
+        flushed.append(args)
+        return await tail(*args)
+
+    monkeypatch.setattr(patient.runtime.shards, "tail", after_a_flush)
+    for turns in (99, 101, 102, 150, 200, 204, 300):
+        conversation = patient.conversation(f"c-{turns}")
+        names = [f"m-{n}" for n in range(203)]
+        await conversation.extend([{}] * 3, ids=names[:3])
+        await patient.flush()
+        await conversation.extend([{}] * 200, ids=names[3:])
+        assert await shown(patient, turns, f"c-{turns}") == names[-turns:]
+        assert await shown(patient, turns, f"c-{turns}") == names[-turns:]
+    assert len(flushed) >= 5
+
+
+async def test_a_late_repeat_of_an_item_in_the_view_is_not_shown_twice(patient: Buffer, redis: Redis) -> None:
+    """The idempotency window has forgotten its id; its first place counts, and what it removed then."""
+    conversation = patient.conversation("c")
+    await conversation.extend([{"n": n} for n in range(5)], ids=[f"m-{n}" for n in range(5)])
+    await patient.flush()
+    keys = patient.runtime.shards.keys[conversation._target.shard]
+    await redis.delete(keys.ids, keys.ids_old)
+    receipt = await conversation.append({"n": 3}, id="m-3")
+    assert not receipt.duplicate
+    for _ in range(2):
+        assert await shown(patient) == [f"m-{n}" for n in range(5)]
+        await patient.flush()
