@@ -113,12 +113,15 @@ async def test_a_view_filled_ahead_of_the_mark_shows_no_gap_until_redis_catches_
         conversation = buffer.conversation("c")
         async with gate.unseen():
             for at in range(0, 10, 5):
-                receipts = await conversation.extend([{}] * 5, ids=names[at : at + 5])
+                bodies = [{"role": "user" if at else "system", "content": "x"}] * 5
+                receipts = await conversation.extend(bodies, ids=names[at : at + 5])
         await committed(buffer, postgres, receipts[-1].position)
         with queries(buffer) as asked:
             for step in range(7):
                 for turns in (1, 2, 3, 5, 9, 10, 20):
                     assert await shown(buffer, turns) == names[-turns:]
+                pinned = await conversation.context(3, pin_system=True)
+                assert [item.id for item in pinned.items] == ["m-0", "m-8", "m-9"]
                 if step < 5:
                     await gate.step()
             assert asked == [1]

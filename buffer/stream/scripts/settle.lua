@@ -41,7 +41,7 @@ local function shorten(key)
   call('SET', key, table.concat(parts), 'KEEPTTL')
 end
 
-local NO_LAST, NO_SUMMARY, NO_ITEMS = '00000000', '00000000', '000000,'
+local NO_LAST, NO_SUMMARY, NO_FIRST, NO_ITEMS = '00000000', '00000000', '00000000', '000000,'
 
 -- What this step adds to each view that is there, or begins.
 local open, any, dropped = {}, false, {}
@@ -54,7 +54,8 @@ for i, conversation in ipairs(conversations) do
     local view = { key = key, count = tonumber(count) or 0, parts = {} }
     if count == '' and flag == 'n' then
       view.begins, view.front = true, '1' .. NO_LAST .. NO_SUMMARY
-    elseif count == '000000' and call('GETRANGE', key, 8, 8) == '1' then
+    elseif count == '000000' and call('GETRANGE', key, 8, 8) == '1'
+        and call('GETRANGE', key, -15, -8) == NO_FIRST then
       view.front = call('GETRANGE', key, 8, -16)  -- it waits for the conversation's first item
     end
     if count ~= '' or view.begins then
@@ -76,7 +77,7 @@ if any then
       local length, parts = #head + #data + 1, view.parts
       view.count = view.count + 1
       if view.front and view.count == 1 then
-        local front = view.front .. '00000000' .. NO_ITEMS
+        local front = view.front .. NO_FIRST .. NO_ITEMS
         if length <= 8192 then
           front = view.front .. format('%08d', length) .. head .. data .. ']' .. NO_ITEMS
         end
