@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ from buffer.stream.shards import Tail, checked, tail_of
 CLAIM_SECONDS = 3.0
 
 _NUMBER = 8
+# Views whose time to live this process remembers to have renewed; forgetting one costs one command.
+_KEPT_ALIVE = 20_000
 # The first item is kept at hand beside the newest ones, unless it is longer than this.
 _FIRST_MOST_BYTES = 8 << 10
 
@@ -135,6 +138,7 @@ class Views:
         self._ttl_seconds = ttl_seconds
         self._ttl_ms = b"%d" % (ttl_seconds * 1000)
         self._item_bytes = 1_000
+        self._kept_alive: dict[bytes, float] = {}
 
     async def _call(self, script: scripts.Script, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
         (reply,) = await self._calls.call([script_call(script, keys, args)])
@@ -154,16 +158,29 @@ class Views:
         view_key = keys.view(epoch, conversation)
         likely = b"%d" % (view_most * self._item_bytes)
         args = (b"%d" % epoch, conversation, b"%d" % tail_most, self._member, b"%d" % view_most, likely)
-        mark, go_on, ttl_ms, front, items, older, *entries = await self._call(
+        mark, go_on, front, items, older, *entries = await self._call(
             scripts.READ, (keys.stream, keys.shard, view_key), args
         )
         view = _decode(front, items, older) if front else None
-        if view is not None and view.items:  # half as much again as of late
-            self._item_bytes += (3 * len(items) // (2 * len(view.items)) - self._item_bytes) // 8
-        if view is not None and ttl_ms < 900 * self._ttl_seconds:
-            # Nobody waits for it: the read itself changes nothing, and goes on where Redis takes no writes.
-            self._tell((b"PEXPIRE", view_key, self._ttl_ms))
+        if view is not None:
+            self._keep_alive(view_key)
+            if view.items:  # half as much again as of late
+                self._item_bytes += (3 * len(items) // (2 * len(view.items)) - self._item_bytes) // 8
         return tail_of(mark, go_on, entries), view
+
+    def _keep_alive(self, view_key: bytes) -> None:
+        """Let a view live on from now, give or take a tenth.
+
+        Nobody waits for it: the read itself changes nothing, and goes on where Redis takes no writes.
+        """
+        now = time.monotonic()
+        if now - self._kept_alive.get(view_key, 0.0) < self._ttl_seconds / 10:
+            return
+        self._kept_alive.pop(view_key, None)
+        self._kept_alive[view_key] = now
+        if len(self._kept_alive) > _KEPT_ALIVE:
+            del self._kept_alive[next(iter(self._kept_alive))]
+        self._tell((b"PEXPIRE", view_key, self._ttl_ms))
 
     async def claim(self, shard: int, epoch: int, conversation: bytes, token: bytes) -> bool:
         """Take the right to fill a view; False if somebody else has it, or has used it."""

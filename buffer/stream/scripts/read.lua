@@ -4,8 +4,8 @@
 -- KEYS  1 stream   2 shard   3 view
 -- ARGV  1 epoch    2 conversation   3 most entries to return   4 the caller's member field
 --       5 most items of the view to return   6 how many bytes these are likely to have
--- Reply the mark, the sequence at which to go on for older entries, or "", then the view's time to live in
---       ms, its front, its newest items, and 1 if it holds older ones (without a view: -2, "", "", 0);
+-- Reply the mark, the sequence at which to go on for older entries, or "", then the view's front, its newest
+--       items, and 1 if it holds older ones (without a view: "", "", 0);
 --       then the entries as `tail.lua` gives them.
 
 local shard = redis.call('HMGET', KEYS[2], 'epoch', 'mark', ARGV[2], ARGV[4])
@@ -13,7 +13,7 @@ if shard[1] ~= ARGV[1] then return redis.error_reply('REFUSED epoch ' .. (shard[
 if not shard[4] then return redis.error_reply('REFUSED member') end
 
 local mark, sequence = tonumber(shard[2]), shard[3] or ''
-local reply = { shard[2], '', -2, '', '', 0 }
+local reply = { shard[2], '', '', '', 0 }
 for _ = 1, tonumber(ARGV[3]) do
   if sequence == '' or tonumber(sequence) <= mark then break end
   local id = ARGV[1] .. '-' .. sequence
@@ -44,8 +44,7 @@ until enough
 local front = redis.call('GETRANGE', KEYS[3], 0, 1031)
 local front_length = tonumber(sub(front, 1, 8))
 if front_length > 1024 then front = redis.call('GETRANGE', KEYS[3], 0, 7 + front_length) end
-reply[3] = redis.call('PTTL', KEYS[3])
-reply[4] = sub(front, 9, 8 + front_length)
-reply[5] = sub(view, at + 1)
-reply[6] = count > 0 and 1 or 0
+reply[3] = sub(front, 9, 8 + front_length)
+reply[4] = sub(view, at + 1)
+reply[5] = count > 0 and 1 or 0
 return reply
