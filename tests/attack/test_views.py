@@ -39,7 +39,7 @@ pytestmark = pytest.mark.attack
 
 _log = logging.getLogger(__name__)
 
-SECONDS = float(os.environ.get("BUFFER_TEST_VIEWS_SECONDS", "6"))
+SECONDS = float(os.environ.get("BUFFER_TEST_VIEWS_SECONDS", "5"))
 NAMES = ("one", "two", "three")
 TINY = {
     "view_max_bytes": 2_000,
