@@ -214,7 +214,7 @@ async def _attacked(
             await asyncio.wait([evictions])
 
 
-async def _judge(attack: Attack, *, hits: float = 0.2) -> Histories:
+async def _judge(attack: Attack) -> Histories:
     histories = await attack.stop()
     reads = sum(map(len, histories.reads.values()))
     _log.info(
@@ -232,7 +232,7 @@ async def _judge(attack: Attack, *, hits: float = 0.2) -> Histories:
     assert not found, f"{len(found)} of {reads}: " + "\n".join(found[:5])
     assert reads > 50 * SECONDS
     served = histories.served
-    assert served["hit"] + served["shared"] > hits * served.total(), served
+    assert served["hit"] + served["shared"] > 10 * SECONDS, served
     assert served["miss"] > 20
     return histories
 
@@ -270,7 +270,7 @@ async def test_every_read_is_one_state_while_redis_dies_and_comes_back(
         await redis.restart()
         await eventually(lambda: modes(buffer) == {"stream"})
         await asyncio.sleep(SECONDS / 3)
-        await _judge(attack, hits=0.1)
+        await _judge(attack)
 
 
 async def test_every_read_is_one_state_while_the_server_evicts_views_itself(
