@@ -5,6 +5,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
+# The suite mostly waits, for servers that start, die or are away: two processes take half the time.
+TWO := -n 2 --dist loadgroup
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-redis lint bench clean
 
@@ -15,10 +18,10 @@ demo: $(READY)  ## Append, kill Redis in the middle, flush, and count: under a m
 	@$(BIN)/buffer demo
 
 test: $(READY)  ## Run the test suite against real servers.
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(TWO)
 
 test-redis: $(READY)  ## The same against the redis-server (or valkey-server) on PATH.
-	@BUFFER_TEST_REDIS_FROM_PATH=1 $(BIN)/python -m pytest -q
+	@BUFFER_TEST_REDIS_FROM_PATH=1 $(BIN)/python -m pytest -q $(TWO)
 
 lint: $(READY)  ## ruff, mypy --strict and import-linter.
 	@$(BIN)/ruff check .

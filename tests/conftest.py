@@ -46,6 +46,15 @@ def settings_for(servers: EmbeddedServers, database: str = "buffer", **more: obj
     return Settings(_env_file=None, **fields)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Attacks first, and where there are several processes all in one: two at a time starve each other."""
+    attacks = [item for item in items if item.get_closest_marker("attack")]
+    for item in attacks:
+        item.add_marker(pytest.mark.xdist_group("attack"))
+    items[:] = [*attacks, *(item for item in items if not item.get_closest_marker("attack"))]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_settings_from_outside() -> None:
     for name in [name for name in os.environ if name.startswith("BUFFER_")]:

@@ -87,8 +87,12 @@ async def test_flusher_stopped_past_its_lease_and_woken_changes_nothing(
         await on_path(client, "stream")
         await _append(client, ledger, 0)
         async with _blocking(settings, ledger, where):
-            await client.runtime.shards.nudge(*range(settings.shards))
-            await eventually(lambda: postgres.fetch(_BLOCKED, f"%-{victim.pid}-%", where))
+
+            async def blocked() -> list[asyncpg.Record]:
+                await client.runtime.shards.nudge(*range(settings.shards))  # it may not listen yet
+                return await postgres.fetch(_BLOCKED, f"%-{victim.pid}-%", where)
+
+            await eventually(blocked)
             victim.send(signal.SIGSTOP)
         assert await postgres.fetchval(_IN_TRANSACTION, str(victim.pid)), "stopped outside of a transaction"
         await _take_over_and_wake(settings, client, ledger, victim)

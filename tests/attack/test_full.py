@@ -22,7 +22,7 @@ pytestmark = pytest.mark.attack
 
 _MARKS = {
     "maxmemory": {"high_water_memory_share": 1.0},  # Redis itself refuses
-    "share of maxmemory": {"high_water_memory_share": 0.8},
+    "share of maxmemory": {"high_water_memory_share": 0.2},
     "unflushed bytes": {"high_water_bytes": 2 << 20},
     "retained bytes": {"retained_max_bytes": 2 << 20},
 }
@@ -51,8 +51,8 @@ async def _fill(buffer: Buffer, ledger: Ledger, writer: int) -> Overloaded:
 @pytest.mark.parametrize("mark", _MARKS)
 async def test_what_does_not_fit_is_refused_and_what_was_acked_is_kept(mark: str) -> None:
     """With Postgres stopped: an error that names the limit and says when; later all drains."""
-    # The share is looked at four times a second: so much room that it is not missed.
-    small = {"maxmemory": "64mb" if mark == "share of maxmemory" else "16mb"}
+    # Marks in Redis are looked at four times a second: so much room behind them that they are not missed.
+    small = {"maxmemory": "16mb" if mark == "maxmemory" else "256mb"}
     async with EmbeddedServers.start(redis_binary=REDIS_BINARY, redis_config=small) as servers:
         settings = settings_for(servers, **_MARKS[mark])
         await migrate_database(settings)
