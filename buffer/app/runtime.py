@@ -107,7 +107,15 @@ class Runtime:
         self.store = ShardStore(self.database)
         self.paths = PathMoves(self._path_database)
         self.calls = Calls(self.client.link(lambda: self.member.run_id))
-        self.shards = Shards(self.calls, settings.key_prefix, settings.shards, self.flusher_id)
+        # Settling takes Redis its time; meanwhile the next batch is fetched.
+        self.settle_calls = Calls(self.client.link(lambda: self.member.run_id))
+        self.shards = Shards(
+            self.calls,
+            settings.key_prefix,
+            settings.shards,
+            self.flusher_id,
+            settling=self.settle_calls,
+        )
         # Reads travel alone: what a flusher fetches would hold them up.
         self.read_calls = Calls(self.client.link(lambda: self.member.run_id))
         self.views = Views(
@@ -200,6 +208,7 @@ class Runtime:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(runtime.calls.run)
                 tasks.start_soon(runtime.read_calls.run)
+                tasks.start_soon(runtime.settle_calls.run)
                 tasks.start_soon(runtime.marks.run)
                 tasks.start_soon(runtime.member.run)
                 tasks.start_soon(runtime.capacity.run)

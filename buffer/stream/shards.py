@@ -133,8 +133,11 @@ class ViewLimits(NamedTuple):
 class Shards:
     """The shards of one Redis, over shared calls."""
 
-    def __init__(self, calls: Calls, prefix: str, shards: int, process: str) -> None:
+    def __init__(
+        self, calls: Calls, prefix: str, shards: int, process: str, *, settling: Calls | None = None
+    ) -> None:
         self._calls = calls
+        self._settling = settling or calls
         self.member = member_field(process)
         self.keys = [ShardKeys(prefix, shard) for shard in range(shards)]
         self._nudge = channel(prefix, "nudge")
@@ -219,7 +222,7 @@ class Shards:
                     (*marks, *limits, become, *step.conversations),
                 )
             )
-        *_, mark = await self._call(*commands)
+        *_, mark = [checked(reply) for reply in await self._settling.submit(commands)]
         await self._call((b"PUBLISH", self._flushed, b"%d %d %d" % (shard, epoch, int(mark))))
         return int(mark)
 
