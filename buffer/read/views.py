@@ -31,7 +31,6 @@ from buffer.stream.views import View, ViewItem, Views, encode
 
 _log = logging.getLogger(__name__)
 
-_TAIL_CHUNK = 100
 _AGAIN_SECONDS = 0.005
 # For how long a read waits for the fill of another process, before it asks Postgres for itself.
 _WAIT_SECONDS = 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from buffer.model.ids import conversation_key, shard_of
 from buffer.store import queries, removals, stale_views
@@ -48,26 +48,26 @@ class Applied(NamedTuple):
 
 async def conversations(database: Database) -> AsyncIterator[list[ErasedConversation]]:
     """All tombstones of conversations, in pages."""
-    after = ("", "")
-    while True:
-        async with database.connection() as connection:
-            rows = await connection.fetch(_SQL["conversations"], *after, _PAGE)
-        if not rows:
-            return
+    async for rows in _pages(database, "conversations"):
         yield [ErasedConversation(*row) for row in rows]
-        after = (rows[-1]["tenant"], rows[-1]["conversation"])
 
 
 async def users(database: Database) -> AsyncIterator[list[ErasedUser]]:
     """All tombstones of users, in pages."""
-    after = ("", "")
+    async for rows in _pages(database, "users"):
+        yield [ErasedUser(*row) for row in rows]
+
+
+async def _pages(database: Database, query: str) -> AsyncIterator[list[tuple[Any, ...]]]:
+    """The rows of a query in pages; their first two columns, the tenant and an id, are its cursor."""
+    after: tuple[Any, ...] = ("", "")
     while True:
         async with database.connection() as connection:
-            rows = await connection.fetch(_SQL["users"], *after, _PAGE)
+            rows = await connection.fetch(_SQL[query], *after, _PAGE)
         if not rows:
             return
-        yield [ErasedUser(*row) for row in rows]
-        after = (rows[-1]["tenant"], rows[-1]["user_id"])
+        yield [tuple(row) for row in rows]
+        after = tuple(rows[-1])[:2]
 
 
 async def apply_conversations(
